@@ -1,0 +1,56 @@
+"""What every test needs: ComfyUI and the pack can be imported, on the CPU unless LEDITS_TEST_DEVICE=cuda.
+
+Tests write `from comfyui_ledits.samplers.steps import ...`; the folder the pack lies in may have any name.
+"""
+import importlib.util
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+import dev
+
+# ComfyUI makes its user folders when it is imported: here, and not inside the ComfyUI.
+USER_DATA = tempfile.TemporaryDirectory(prefix="ledits-tests-", ignore_cleanup_errors=True)
+
+
+def comfyui_folder():
+    folder = Path(os.environ.get("COMFYUI_PATH") or dev.DEV / f"ComfyUI-{dev.COMFYUI_VERSION}").resolve()
+    if not (folder / "main.py").is_file():
+        pytest.exit(f"There is no ComfyUI in {folder}: run the tests with `python dev.py test`.", returncode=1)
+    return folder
+
+
+def prepare_comfyui(folder):
+    # First in line: ComfyUI's nodes.py and the pack's nodes/ have one name.
+    sys.path.insert(0, str(folder))
+    from comfy.cli_args import args  # before comfy.model_management, which looks for a GPU when it is imported
+    args.cpu = os.environ.get("LEDITS_TEST_DEVICE") != "cuda"
+    args.base_directory = USER_DATA.name
+
+
+def import_pack():
+    spec = importlib.util.spec_from_file_location("comfyui_ledits", dev.ROOT / "__init__.py",
+                                                  submodule_search_locations=[str(dev.ROOT)])
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+
+COMFYUI = comfyui_folder()
+prepare_comfyui(COMFYUI)
+import_pack()
+
+
+@pytest.fixture(scope="session")
+def server_url(tmp_path_factory):
+    """A real ComfyUI server with the pack and user data of its own."""
+    base = tmp_path_factory.mktemp("base")
+    dev.link_pack(base)
+    device = [] if os.environ.get("LEDITS_TEST_DEVICE") == "cuda" else ["--cpu"]
+    home = dev.Home(Path(sys.executable), COMFYUI, base)
+    with dev.start_server(home, *device, log=base / "server.log") as (url, _):
+        yield url
