@@ -1,0 +1,6 @@
+"""The pack's own wire types."""
+
+from comfy_api.latest import io
+
+Inversion = io.Custom("LEDITS_INVERSION")
+Concepts = io.Custom("LEDITS_CONCEPTS")

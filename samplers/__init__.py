@@ -1,0 +1,1 @@
+"""Inversion methods, semantic guidance and the LEDITS update."""
