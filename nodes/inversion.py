@@ -11,7 +11,7 @@ from comfy_api.latest import io
 from ..samplers import models
 from ..samplers.guider import LeditsGuider
 from ..samplers.inversion import check_latent, check_sigmas
-from ..samplers.ledits import EditFriendlyInverter
+from ..samplers.inverters import EditFriendlyInverter
 from . import sockets
 
 CATEGORY = "LEDITS/inversion"

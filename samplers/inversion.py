@@ -23,6 +23,10 @@ class Inversion:
         model: description of the model the path was made with (`models.describe`); a replay on another is refused.
         method: name of the method, for people.
         settings: what it was made with, for people and files. Plain values only.
+        overrides: per-step embeddings that the method learned or fixed, applied while its path is edited:
+            "negative" [N or 1, B or 1, tokens, width] is what the negative's cross-attention sees at each step,
+            "negative_pooled" [B or 1, width] its pooled text, "value" [N, B or 1, tokens, width] what `to_v` alone sees
+            in the positive's cross-attention.
         latent_format: the model's `comfy.latent_formats` object, whose `process_out` leads back to a LATENT.
     """
 
@@ -34,6 +38,7 @@ class Inversion:
     model: str
     method: str
     settings: dict = field(default_factory=dict)
+    overrides: dict = field(default_factory=dict)
     latent_format: Any = None
 
     def __post_init__(self):
