@@ -118,7 +118,7 @@ def _unet_keys():
     return [(ldm, diffusers) for diffusers, ldm in comfy.utils.unet_to_diffusers(dict(UNET_CONFIG)).items()]
 
 
-def checkpoint(vae, unet, text, ids):
+def checkpoint(vae, unet, text, ids, factors):
     """All weights as one dict of contiguous float16 tensors in the stored layout (token ids int32)."""
     state = vae_state(vae)
     unet_state = unet.state_dict()
@@ -127,7 +127,8 @@ def checkpoint(vae, unet, text, ids):
     for key, value in text.state_dict().items():
         state[prefix + ("" if key.startswith("text_model.") else "text_model.") + key] = value
     state = {k: v.detach().to("cpu", torch.float16).contiguous() for k, v in state.items() if v.is_floating_point()}
-    return state | {"cond_stage_model.token_ids": torch.tensor(ids, dtype=torch.int32)}
+    ids = torch.tensor(ids, dtype=torch.int32)
+    return state | {"cond_stage_model.token_ids": ids, "latent_rgb_factors": factors.float().contiguous()}
 
 
 def load_diffusers(path=WEIGHTS):

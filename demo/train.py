@@ -12,6 +12,7 @@ import multiprocessing
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +24,6 @@ sys.path.insert(0, str(ROOT))
 
 from demo import captions, nets, scenes  # noqa: E402
 
-CROP = 48  # side of the autoencoder's training pictures
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -112,44 +112,72 @@ def grid(pictures, path, columns=8):
     Image.fromarray(np.concatenate(rows, 0)).save(path)
 
 
-def train_vae(args):
-    """TAESD architecture, no normalisation layers: L1 on small crops, latents pulled to unit variance."""
+def random_crops(pictures, rng, side, count):
+    """Training pictures of the autoencoder: random crops, -1..1."""
+    crops = []
+    for index in rng.integers(len(pictures), size=count):
+        top, left = rng.integers(nets.SIDE - side + 1, size=2)
+        crops.append(pictures[index, :, top : top + side, left : left + side])
+    return to_net(torch.stack(crops)).contiguous(memory_format=torch.channels_last)
+
+
+class Stage(NamedTuple):
+    """One stretch of the autoencoder's training."""
+
+    name: str
+    stream: int  # of random numbers
+    side: int  # of the crops, px
+    batch: int
+    lr: float
+    decoder_only: bool = False
+
+
+# Small crops teach fast but let the networks lean on the padded border; whole pictures mend that.
+CROPS, WHOLE = Stage("vae", 1, 48, 8, 1e-3), Stage("vae_whole", 3, nets.SIDE, 2, 5e-4)
+DECODER = Stage("decoder", 4, nets.SIDE, 2, 3e-4, decoder_only=True)
+
+
+def train_vae(args, pictures, stage, steps, vae=None):
+    """TAESD architecture, no normalisation layers: L1 and L2 on the picture, latents pulled to unit variance."""
     torch.manual_seed(args.seed)
-    vae = nets.build_vae().to(DEVICE, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(vae.parameters(), 1e-3, betas=(0.9, 0.99), weight_decay=1e-4)
-    done = args.work / "vae.safetensors"
-    step = load_state(done, {"vae": vae}, optimizer)
-    if step >= args.vae_steps:
-        return vae.eval()
-    pictures, log = draw_pictures(6000, args.seed), Log(args.work, "vae", args.vae_steps)
-    for step in range(step, args.vae_steps):
-        rng = np.random.default_rng([args.seed, 1, step])
+    name, decoder_only, lr = stage.name, stage.decoder_only, stage.lr
+    vae = vae or nets.build_vae().to(DEVICE, memory_format=torch.channels_last)
+    trained = (vae.decoder if decoder_only else vae).train().requires_grad_(True)
+    optimizer = torch.optim.AdamW(trained.parameters(), lr, betas=(0.9, 0.99), weight_decay=1e-4)
+    done, log = args.work / f"{name}.safetensors", Log(args.work, name, steps)
+    first = load_state(done, {"vae": vae}, optimizer)
+    for step in range(first, steps):
+        rng = np.random.default_rng([args.seed, stage.stream, step])
         torch.manual_seed(args.seed * 1_000_003 + step)
-        crops = []
-        for index in rng.integers(len(pictures), size=8):
-            top, left = rng.integers(nets.SIDE - CROP + 1, size=2)
-            crops.append(pictures[index, :, top : top + CROP, left : left + CROP])
-        x = to_net(torch.stack(crops)).contiguous(memory_format=torch.channels_last)
+        x = random_crops(pictures, rng, stage.side, stage.batch)
         for group in optimizer.param_groups:
-            group["lr"] = 1e-3 * cosine(step, args.vae_steps)
+            group["lr"] = lr * cosine(step, steps)
         with amp():
-            z = vae.encoder(x)
+            with torch.set_grad_enabled(not decoder_only):
+                z = vae.encoder(x)
             y = vae.decoder(z + 0.02 * torch.randn_like(z))
         z, y = z.float(), y.float()
         pull = (z.mean((0, 2, 3)) ** 2).mean() + ((z.var((0, 2, 3)) - 1) ** 2).mean() + F.relu(z.abs() - 2.8).mean()
-        loss = F.l1_loss(y, x) + 0.5 * F.mse_loss(y, x) + 0.05 * pull
+        loss = F.l1_loss(y, x) + 0.5 * F.mse_loss(y, x) + (0 if decoder_only else 0.05) * pull
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
         optimizer.step()
         if step % 100 == 0:
             log(step, loss=loss.item(), std=z.std().item(), psnr=-10 * F.mse_loss(y / 2, x / 2).log10().item())
-        if step % 500 == 499 or step == args.vae_steps - 1:
+        if step % 500 == 499 or step == steps - 1:
             save_state(done, {"vae": vae}, optimizer, step + 1)
     with torch.no_grad():
         x = to_net(pictures[:8])
-        grid(torch.cat([x, vae.decoder(vae.encoder(x))]), args.work / "vae.png")
-    return vae.eval()
+        grid(torch.cat([x, vae.decoder(vae.encoder(x))]), args.work / f"{name}.png")
+    return vae.eval().requires_grad_(False)
+
+
+def preview_factors(latents, pictures):
+    """Least-squares map from latents to small pictures, [5, 3] (last row the bias), for ComfyUI's previews."""
+    small = F.avg_pool2d(to_net(pictures), nets.FACTOR).permute(0, 2, 3, 1).reshape(-1, 3).cpu()
+    z = latents[: len(pictures)].float().permute(0, 2, 3, 1).reshape(-1, nets.LATENT_CHANNELS)
+    return torch.linalg.lstsq(torch.cat([z, torch.ones(len(z), 1)], 1), small).solution
 
 
 def encode_pool(args, vae):
@@ -185,7 +213,7 @@ def sample(unet, text, tokens, prompts, cfg=3.0, steps=30, seed=0):
     return x
 
 
-def train_unet(args, vae, latents):
+def train_unet(args, vae, latents, factors):
     """Text encoder and U-Net: v-prediction, SD noise schedule, a fresh caption form at every visit of a scene."""
     torch.manual_seed(args.seed + 1)
     tokens = nets.Tokens()
@@ -232,14 +260,13 @@ def train_unet(args, vae, latents):
             log(step, loss=float(np.mean(losses[-200:])), pictures=(step + 1) * args.batch)
         if step % args.save_every == args.save_every - 1 or step == args.unet_steps - 1:
             save_state(done, nets_now | ema, optimizer, step + 1)
-            save_file(nets.checkpoint(vae, ema["unet_ema"], ema["text_ema"], tokens.ids), args.work / "weights.safetensors")
+            state = nets.checkpoint(vae, ema["unet_ema"], ema["text_ema"], tokens.ids, factors)
+            save_file(state, args.work / "weights.safetensors")
             asked = [captions.sentence(scenes.random_scene(seed, things=1)) for seed in range(16)]
             drawn = sample(ema["unet_ema"], ema["text_ema"], tokens, asked)
             with torch.no_grad():
                 grid(vae.decoder(drawn), args.work / f"samples_{step + 1:06d}.png")
-    state = nets.checkpoint(vae, ema["unet_ema"], ema["text_ema"], tokens.ids)
-    save_file(state, nets.WEIGHTS)
-    print(f"{nets.WEIGHTS}: {nets.WEIGHTS.stat().st_size / 2**20:.1f} MiB")
+    return ema["unet_ema"], ema["text_ema"], tokens
 
 
 def main():
@@ -248,7 +275,9 @@ def main():
     parser.add_argument("--work", type=Path, default=ROOT / ".dev" / "train")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vae-steps", type=int, default=3000)
-    parser.add_argument("--pool", type=int, default=20_000, help="training pictures")
+    parser.add_argument("--vae-whole-steps", type=int, default=1500)
+    parser.add_argument("--decoder-steps", type=int, default=1500)
+    parser.add_argument("--pool", type=int, default=12_000, help="training pictures")
     parser.add_argument("--unet-steps", type=int, default=6500)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=8e-4)
@@ -256,8 +285,15 @@ def main():
     args = parser.parse_args()
     sys.path.insert(0, str(args.comfyui))
     args.work.mkdir(parents=True, exist_ok=True)
-    vae = train_vae(args)
-    train_unet(args, vae, encode_pool(args, vae))
+    pictures = draw_pictures(6000, args.seed)
+    vae = train_vae(args, pictures, CROPS, args.vae_steps)
+    vae = train_vae(args, pictures, WHOLE, args.vae_whole_steps, vae)
+    latents = encode_pool(args, vae)
+    factors = preview_factors(latents, pictures[: min(1000, len(latents))])
+    unet, text, tokens = train_unet(args, vae, latents, factors)
+    vae = train_vae(args, pictures, DECODER, args.decoder_steps, vae)  # the latents are fixed now, the decoder may still improve
+    save_file(nets.checkpoint(vae, unet, text, tokens.ids, factors), nets.WEIGHTS)
+    print(f"{nets.WEIGHTS}: {nets.WEIGHTS.stat().st_size / 2**20:.1f} MiB")
 
 
 if __name__ == "__main__":
