@@ -16,9 +16,9 @@ class LoadDemoModel(io.ComfyNode):
             "test editing in seconds. Swap in a Load Checkpoint node to edit your own pictures.",
             inputs=[],
             outputs=[
-                io.Model.Output(display_name="model"),
-                io.Clip.Output(display_name="clip"),
-                io.Vae.Output(display_name="vae"),
+                io.Model.Output(display_name="model", tooltip="The demo U-Net (v-prediction)."),
+                io.Clip.Output(display_name="clip", tooltip="Its text encoder, for prompts and concepts."),
+                io.Vae.Output(display_name="vae", tooltip="Its autoencoder, for 128 x 128 pictures."),
             ],
         )
 

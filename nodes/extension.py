@@ -2,9 +2,11 @@
 
 from comfy_api.latest import ComfyExtension
 
-from . import concept, demo, inversion, pack, sampling
+from . import attention, capture, concept, ddim, demo, files, gradient, inspect, inversion, pack, prompts, sampling
+
+MODULES = (inversion, ddim, gradient, files, inspect, concept, prompts, attention, capture, sampling, pack, demo)
 
 
 class LeditsExtension(ComfyExtension):
     async def get_node_list(self):
-        return [node for module in (inversion, concept, sampling, pack, demo) for node in module.NODES]
+        return [node for module in MODULES for node in module.NODES]

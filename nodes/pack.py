@@ -56,7 +56,7 @@ class PackInversion(io.ComfyNode):
                 io.Latent.Input("noise_maps", optional=True, tooltip="Noise maps in the order Unpack gives them."),
                 io.Sigmas.Input("sigmas", optional=True, tooltip="Noise levels, as many as the inversion has."),
             ],
-            outputs=[sockets.Inversion.Output(display_name="inversion")],
+            outputs=[sockets.Inversion.Output(display_name="inversion", tooltip="The changed inversion.")],
         )
 
     @classmethod

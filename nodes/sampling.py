@@ -49,6 +49,16 @@ def _solver():
                           "steps.")  # fmt: skip
 
 
+def _attention():
+    """What of the source's attention an edit keeps."""
+    return [
+        sockets.Attention.Input("attention", optional=True,
+                                tooltip="Attention control: Prompt-to-Prompt, MasaCtrl, Plug-and-Play, ..."),
+        sockets.Store.Input("store", optional=True,
+                            tooltip="The source's attention, from Capture Attention. Saves the source pass."),
+    ]  # fmt: skip
+
+
 def sigmas_after(inversion, skip):
     """The SIGMAS of an edit that leaves out `skip` steps.
 
@@ -82,18 +92,20 @@ class LeditsKSampler(io.ComfyNode):
                 io.Mask.Input("mask", optional=True,
                               tooltip="Where the picture may change. Outside it, it stays as it was."),
                 _solver(),
+                *_attention(),
             ],
             outputs=[io.Latent.Output(display_name="latent", tooltip="The edited picture, for VAE Decode.")],
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, model, positive, negative, inversion, cfg, skip, concepts=None, mask=None, solver=SOLVERS[0]):
+    def execute(cls, model, positive, negative, inversion, cfg, skip, concepts=None, mask=None, solver=SOLVERS[0],
+                attention=None, store=None):  # fmt: skip
         models.check(model, inversion)
         sigmas = sigmas_after(inversion, skip)
         guider = LeditsGuider(model, positive, negative, cfg, concepts or ())
         picture = inversion.latent_format.process_out(inversion.latents[-1])
         samples = guider.sample(
-            torch.zeros_like(picture), picture, LeditsSampler(inversion, solver), sigmas, denoise_mask=mask,
+            torch.zeros_like(picture), picture, LeditsSampler(inversion, solver, attention, store), sigmas, denoise_mask=mask,
             callback=latent_preview.prepare_callback(model, len(sigmas) - 1),
             disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
         )  # fmt: skip
@@ -116,7 +128,7 @@ class LeditsGuiderNode(io.ComfyNode):
                 _cfg(),
                 sockets.Concepts.Input("concepts", optional=True, tooltip="Semantic concepts to add or remove."),
             ],
-            outputs=[io.Guider.Output(display_name="guider")],
+            outputs=[io.Guider.Output(display_name="guider", tooltip="For SamplerCustomAdvanced.")],
         )
 
     @classmethod
@@ -133,16 +145,16 @@ class LeditsSamplerNode(io.ComfyNode):
             category=CATEGORY,
             description="The LEDITS update along an inverted picture's path, as SAMPLER and SIGMAS for "
             "SamplerCustomAdvanced. Connect the inversion's x_T as latent and Disable Noise as noise.",
-            inputs=[*_path_inputs(), _skip(), _solver()],
+            inputs=[*_path_inputs(), _skip(), _solver(), *_attention()],
             outputs=[
-                io.Sampler.Output(display_name="sampler"),
+                io.Sampler.Output(display_name="sampler", tooltip="For SamplerCustomAdvanced."),
                 io.Sigmas.Output(display_name="sigmas", tooltip="The path's noise levels from the first step that runs."),
             ],
         )
 
     @classmethod
-    def execute(cls, inversion, skip, solver=SOLVERS[0]):
-        return io.NodeOutput(LeditsSampler(inversion, solver), sigmas_after(inversion, skip))
+    def execute(cls, inversion, skip, solver=SOLVERS[0], attention=None, store=None):
+        return io.NodeOutput(LeditsSampler(inversion, solver, attention, store), sigmas_after(inversion, skip))
 
 
 NODES = [LeditsKSampler, LeditsGuiderNode, LeditsSamplerNode]

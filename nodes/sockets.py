@@ -4,3 +4,6 @@ from comfy_api.latest import io
 
 Inversion = io.Custom("LEDITS_INVERSION")
 Concepts = io.Custom("LEDITS_CONCEPTS")
+Attention = io.Custom("LEDITS_ATTENTION")
+Prompts = io.Custom("LEDITS_PROMPTS")
+Store = io.Custom("LEDITS_STORE")

@@ -53,10 +53,11 @@ def residuals(latents, sigmas, etas, denoise, chunk=1, step=ve_step):
     """
     out = torch.empty_like(latents[:-1])
     batch = latents.shape[1]
+    levels = sigmas.tolist()  # read from the device once, not at every step
     for i in range(0, len(out), chunk):
         y = latents[i : min(i + chunk, len(out))]
         d = denoise(y.flatten(0, 1), sigmas[i : i + len(y)].repeat_interleave(batch), i).view_as(y)
         for j in range(len(y)):
-            c = step(sigmas[i + j], sigmas[i + j + 1], float(etas[i + j]))
+            c = step(levels[i + j], levels[i + j + 1], float(etas[i + j]))
             out[i + j] = latents[i + j + 1] - c.keep * y[j] - c.take * d[j]
     return out

@@ -2,6 +2,7 @@
 
 import math
 
+import comfy.conds
 import comfy.samplers
 import torch
 
@@ -9,22 +10,37 @@ from .sega import Sega
 
 # Functions of other packs that look at cond and uncond: where one is set, both are always evaluated.
 _CFG_FUNCTIONS = ("sampler_cfg_function", "sampler_pre_cfg_function", "sampler_post_cfg_function")
+# What `model_conds` holds in the form the model takes, and what only names an entry.
+_NOT_COMPARED = ("model_conds", "cross_attn", "pooled_output", "uuid")
 
 
-def equal_conditioning(a, b):
-    """Whether two CONDITIONINGs are the same thing, so that one evaluation serves for both."""
+def one_serves_both(a, b):
+    """Whether two encoded conditionings (`CFGGuider.conds[...]`) ask the same of the model."""
 
     def equal(x, y):
         if x is y:
             return True
         if isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor):
             return x.shape == y.shape and x.dtype == y.dtype and torch.equal(x, y)
+        if isinstance(x, comfy.conds.CONDRegular):
+            return type(x) is type(y) and equal(x.cond, y.cond)
+        if isinstance(x, (list, tuple)):
+            return type(x) is type(y) and len(x) == len(y) and all(map(equal, x, y))
         return type(x) is type(y) and isinstance(x, (str, int, float, bool, type(None))) and x == y
 
+    def same(x, y, ignored=()):
+        x, y = ({k: v for k, v in entry.items() if k not in ignored} for entry in (x, y))
+        return x.keys() == y.keys() and all(equal(v, y[k]) for k, v in x.items())
+
     return len(a) == len(b) and all(
-        equal(x[0], y[0]) and x[1].keys() == y[1].keys() and all(equal(v, y[1][k]) for k, v in x[1].items())
-        for x, y in zip(a, b)
+        same(x["model_conds"], y["model_conds"]) and same(x, y, _NOT_COMPARED) for x, y in zip(a, b)
     )
+
+
+def in_range(entry, level):
+    """Whether an encoded conditioning entry is evaluated at a noise level (ConditioningSetTimestepRange)."""
+    early = "timestep_start" in entry and level > entry["timestep_start"]
+    return not (early or ("timestep_end" in entry and level < entry["timestep_end"]))
 
 
 class LeditsGuider(comfy.samplers.CFGGuider):
@@ -45,8 +61,7 @@ class LeditsGuider(comfy.samplers.CFGGuider):
         super().__init__(model_patcher)
         self.concepts = tuple(concepts)
         self.rows = 0
-        self._one_serves_both = equal_conditioning(positive, negative)
-        self._sega = None
+        self._sega = self._compared = None
         conds = {"positive": positive, "negative": negative}
         self.inner_set_conds(conds | {f"concept_{i}": c.conditioning for i, c in enumerate(self.concepts)})
         self.set_cfg(cfg)
@@ -57,7 +72,7 @@ class LeditsGuider(comfy.samplers.CFGGuider):
         try:
             return super().sample(*args, **kwargs)
         finally:
-            self._sega = None
+            self._sega = self._compared = None
 
     def predict_noise(self, x, timestep, model_options={}, seed=None):
         options = model_options
@@ -67,7 +82,8 @@ class LeditsGuider(comfy.samplers.CFGGuider):
         core_skips_uncond = math.isclose(self.cfg, 1.0) and not options.get("disable_cfg1_optimization", False)
         use_positive = watched or not math.isclose(self.cfg, 0.0)
         use_negative = bool(wanted) or not core_skips_uncond
-        shared = self._one_serves_both and use_positive and use_negative and not watched
+        shared = use_positive and use_negative and not watched and self._one_serves_both()
+        shared = shared and not options.get("ledits_branches_differ")  # attention control edits one of them only
 
         positive, negative = self.conds["positive"], self.conds["negative"]
         conds = [positive if use_positive else None, negative if use_negative and not shared else None]
@@ -90,9 +106,16 @@ class LeditsGuider(comfy.samplers.CFGGuider):
         gamma = self._sega(step, (x - predictions[1]) / sigma if wanted else None, eps)
         return denoised if gamma is None else denoised - sigma * gamma
 
+    def _one_serves_both(self):
+        """Compared again only where a sampler has put another conditioning in place (`overrides`)."""
+        pair = self.conds["positive"], self.conds["negative"]
+        if self._compared is None or any(x is not y for x, y in zip(pair, self._compared)):
+            self._compared = (*pair, one_serves_both(*pair))
+        return self._compared[2]
+
     def _evaluate(self, conds, x, timestep, options):
         """Predictions D for each CONDITIONING; None gives zeros, as in core."""
-        self.rows += x.shape[0] * sum(len(c) for c in conds if c is not None)
+        self.rows += x.shape[0] * sum(in_range(c, timestep[0]) for cond in conds if cond is not None for c in cond)
         own = options.get("sampler_calc_cond_batch_function")
         if own is None:
             return comfy.samplers.calc_cond_batch(self.inner_model, conds, x, timestep, options)

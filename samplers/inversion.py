@@ -15,7 +15,8 @@ class Inversion:
     Attributes:
         sigmas: float32 [N + 1], strictly descending, in the sampling space's own units.
         latents: float32 [N + 1, B, C, H, W], the latent at every sigma, in the model's own latent space (after
-            `process_latent_in`). `latents[-1]` is the encoded picture.
+            `process_latent_in`). `latents[-1]` is the encoded picture (of a source branch that was sampled anew, what
+            became of it).
         residuals: float32 [N, B, C, H, W] or None. `residuals[i] = latents[i + 1] - keep * latents[i] - take * D_i` is
             the scaled noise `sigma_up * z` of step i: adding it to a step with the same D follows the path exactly.
         etas: float32 [N], the stochasticity that each residual was made for.
@@ -25,8 +26,8 @@ class Inversion:
         settings: what it was made with, for people and files. Plain values only.
         overrides: per-step embeddings that the method learned or fixed, applied while its path is edited:
             "negative" [N or 1, B or 1, tokens, width] is what the negative's cross-attention sees at each step,
-            "negative_pooled" [B or 1, width] its pooled text, "value" [N, B or 1, tokens, width] what `to_v` alone sees
-            in the positive's cross-attention.
+            "negative_pooled" [B or 1, width] its pooled text, "value" [N, B or 1, 2, tokens, width] a scale and a
+            shift of the positive's words, for `to_v` of cross-attention alone.
         latent_format: the model's `comfy.latent_formats` object, whose `process_out` leads back to a LATENT.
     """
 
@@ -53,7 +54,8 @@ class Inversion:
             )
         for name in ("latents", "residuals"):
             value = getattr(self, name)
-            if value is not None and not torch.isfinite(value).all():
+            # the smallest and largest number are NaN or infinite if any is, and need no copy of the path
+            if value is not None and value.numel() and not torch.isfinite(torch.stack(value.aminmax())).all():
                 raise ValueError(f"The inversion's {name} hold NaN or infinite numbers: invert the picture again.")
         if self.family not in FAMILIES:
             raise ValueError(f"Unknown model family '{self.family}': this version knows {', '.join(FAMILIES)}.")
@@ -150,14 +152,24 @@ def check_sigmas(sigmas):
         )
 
 
-def check_latent(latents):
-    """Refuse a latent that holds NaN or infinite numbers, or none at all.
+def check_latent(latents, latent_format=None):
+    """Refuse a latent that holds NaN or infinite numbers, or none at all, or is of another kind than the model's.
+
+    Args:
+        latents: [B, C, ...].
+        latent_format: the model's `comfy.latent_formats` object, or None to take any shape.
 
     Raises:
         ValueError: what is wrong with it.
     """
     if latents.numel() == 0:
         raise ValueError("The LATENT is empty.")
+    own = None if latent_format is None else (latent_format.latent_channels, latent_format.latent_dimensions)
+    if own is not None and (latents.shape[1], latents.ndim - 2) != own:
+        raise ValueError(
+            f"The LATENT has shape {list(latents.shape)}; this model works on {own[0]} channels of {own[1]} dimensions. "
+            "Encode the picture with the VAE that belongs to the model."
+        )
     if not torch.isfinite(latents).all():
         raise ValueError(
             "The LATENT holds NaN or infinite numbers, so nothing can be inverted. A VAE in float16 is the usual "

@@ -1,18 +1,56 @@
 """SAMPLER objects that invert: run through a guider, so that ComfyUI loads, hooks, previews and cleans up."""
 
+from dataclasses import replace
+
 import comfy.model_management
 import comfy.samplers
+import torch
 from tqdm.auto import trange
 
-from . import edit_friendly, models
+from . import ddim, edit_friendly, models
 from .inversion import Inversion, check_latent, check_sigmas
+from .overrides import Overrides
 from .steps import FAMILIES
 
 
-class EditFriendlyInverter(comfy.samplers.Sampler):
-    """Edit-friendly DDPM inversion (arXiv 2304.06140) as a SAMPLER, so that ComfyUI loads, hooks and cleans up.
+class _AlongPath(comfy.samplers.Sampler):
+    """What they have in common: evaluations at the path's levels, shown as they come.
 
     `sample` returns `x_T`; the whole record is then in `inversion`.
+    """
+
+    inversion = None
+
+    def _denoiser(self, model_wrap, extra_args, callback, bar, pictures, upwards=False):
+        """`(y, sigma, i) -> D` as the functions of `ddim` and `edit_friendly` take it.
+
+        Args:
+            bar: progress over the steps of the path.
+            pictures: latents of one step.
+            upwards: whether the steps come from the last to the first.
+        """
+
+        def denoise(y, sigma, i):
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            d = model_wrap(y, sigma, **extra_args)
+            done = bar.total - i if upwards else i + len(y) // pictures
+            bar.update(done - bar.n)
+            if callback is not None:
+                callback(done - 1, d[-pictures:], y[-pictures:], bar.total)
+            return d
+
+        return denoise
+
+    def _record(self, model, sigmas, latents, rest, etas, method):
+        self.inversion = Inversion(
+            sigmas.float().cpu(), latents.cpu(), rest, etas, models.family(model), models.describe(model), method,
+            self.settings, latent_format=model.model.latent_format,
+        )  # fmt: skip
+        return latents[0]
+
+
+class EditFriendlyInverter(_AlongPath):
+    """Edit-friendly DDPM inversion (arXiv 2304.06140).
 
     Args:
         seed: of the path's noise, see `edit_friendly.draw_noise`.
@@ -23,7 +61,6 @@ class EditFriendlyInverter(comfy.samplers.Sampler):
 
     def __init__(self, seed, etas, steps_at_once=0, settings=None):
         self.seed, self.etas, self.steps_at_once, self.settings = seed, etas, steps_at_once, settings or {}
-        self.inversion = None
 
     def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False):
         model = model_wrap.model_patcher
@@ -32,37 +69,111 @@ class EditFriendlyInverter(comfy.samplers.Sampler):
         check_latent(latent_image)
         draws = edit_friendly.draw_noise(latent_image.shape, len(sigmas) - 1, self.seed).to(latent_image)
         latents = edit_friendly.noisy_path(latent_image, sigmas, draws)
-        bar = trange(len(sigmas) - 1, disable=disable_pbar)
-
-        def denoise(y, sigma, i):
-            comfy.model_management.throw_exception_if_processing_interrupted()
-            d = model_wrap(y, sigma, **extra_args)
-            done = len(y) // len(latent_image)
-            bar.update(done)
-            if callback is not None:
-                callback(i + done - 1, d[-len(latent_image) :], y[-len(latent_image) :], len(sigmas) - 1)
-            return d
-
-        chunk = self._chunk(model_wrap, latent_image.shape, extra_args["model_options"])
-        with bar:
+        chunk = levels_at_once(model_wrap, latent_image.shape, extra_args["model_options"], self.steps_at_once)
+        with trange(len(sigmas) - 1, disable=disable_pbar) as bar:
+            denoise = self._denoiser(model_wrap, extra_args, callback, bar, len(latent_image))
             rest = edit_friendly.residuals(latents, sigmas, self.etas, denoise, chunk, FAMILIES[family])
-        self.inversion = Inversion(
-            sigmas.float().cpu(), latents.cpu(), rest.cpu(), self.etas, family, models.describe(model),
-            "edit-friendly DDPM", self.settings, latent_format=model.model.latent_format,
-        )  # fmt: skip
+        return self._record(model, sigmas, latents, rest.cpu(), self.etas, "edit-friendly DDPM")
+
+
+class DDIMInverter(_AlongPath):
+    """DDIM inversion, see `ddim.invert`; the path is the record's source branch, without noise maps.
+
+    Args:
+        convention, refinements, tolerance: see `ddim.invert`.
+        method, settings: go into the record.
+    """
+
+    def __init__(self, convention="A", refinements=0, tolerance=0.0, method="DDIM", settings=None):
+        if convention not in ddim.CONVENTIONS:
+            raise ValueError(f"Unknown convention '{convention}': choose one of {', '.join(ddim.CONVENTIONS)}.")
+        self.convention, self.refinements, self.tolerance = convention, refinements, tolerance
+        self.method, self.settings = method, settings or {}
+
+    def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False):
+        model = model_wrap.model_patcher
+        models.family(model)
+        check_sigmas(sigmas)
+        check_latent(latent_image)
+        lowest = float(model.get_model_object("model_sampling").sigma_min)
+        with trange(len(sigmas) - 1, disable=disable_pbar) as bar:
+            denoise = self._denoiser(model_wrap, extra_args, callback, bar, len(latent_image), upwards=True)
+            latents = ddim.invert(latent_image, sigmas, denoise, models.scaling(model), self.convention,
+                                  self.refinements, self.tolerance, lowest)  # fmt: skip
+        if not torch.isfinite(latents[0]).all():
+            raise ValueError(
+                "The inversion did not converge: invert at cfg 1, or with fewer refinements. With both already low, the "
+                "model itself gave NaN or infinite numbers (--force-fp32 helps where float16 is the cause)."
+            )
+        return self._record(model, sigmas, latents, None, torch.zeros(len(sigmas) - 1), self.method)
+
+
+class SourceBranch(_AlongPath):
+    """Replaces a record's path by one that is sampled at the guider's guidance, see `ddim.simulate`.
+
+    Args:
+        inversion: a record without noise maps; embeddings it prescribes are used.
+        scale, every: see `ddim.simulate`.
+        method: goes into the record.
+    """
+
+    def __init__(self, inversion, scale=0.0, every=1, method=None):
+        self.inversion, self.scale, self.every = inversion, scale, every
+        self.method = method or inversion.method
+
+    def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False):
+        path = self.inversion
+        encoding = {"latent_image": latent_image, "denoise_mask": denoise_mask}
+        prescribed = Overrides(model_wrap, path, noise, extra_args, **encoding)
+        with trange(path.steps, disable=disable_pbar) as bar:
+            evaluate = self._denoiser(model_wrap, prescribed.extra_args, callback, bar, path.batch)
+
+            def denoise(y, sigma, i):
+                prescribed.apply(i)
+                return evaluate(y, sigma, i)
+
+            latents = path.latents.to(noise.device)
+            branch = ddim.simulate(latents, path.sigmas, denoise, self.scale, self.every, FAMILIES[path.family])
+        self.inversion = replace(path, latents=branch.cpu(), method=self.method)
+        return branch[0]
+
+
+class TargetOffset(_AlongPath):
+    """Gives a record without noise maps what each of its DDIM steps lacks of the path at the guider's guidance.
+
+    An edit then adds the source's offset to its own branch ("add-source" in the ablations of arXiv 2310.01506).
+
+    Args:
+        inversion: a record without noise maps or prescribed embeddings.
+        steps_at_once: see `EditFriendlyInverter`.
+        method: goes into the record.
+    """
+
+    def __init__(self, inversion, steps_at_once=0, method=None):
+        self.inversion, self.steps_at_once = inversion, steps_at_once
+        self.method = method or inversion.method
+
+    def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False):
+        path = self.inversion
+        latents, levels = path.latents.to(noise.device), path.sigmas.to(noise.device)
+        chunk = levels_at_once(model_wrap, noise.shape, extra_args["model_options"], self.steps_at_once)
+        with trange(path.steps, disable=disable_pbar) as bar:
+            denoise = self._denoiser(model_wrap, extra_args, callback, bar, path.batch)
+            rest = edit_friendly.residuals(latents, levels, path.etas, denoise, chunk, FAMILIES[path.family])
+        self.inversion = replace(path, residuals=rest.cpu(), method=self.method)
         return latents[0]
 
-    def _chunk(self, model_wrap, shape, options):
-        """How many steps to evaluate in one call."""
-        if not can_batch_levels(model_wrap.conds, options):
-            return 1
-        if self.steps_at_once:
-            return self.steps_at_once
-        device = model_wrap.model_patcher.load_device
-        free = comfy.model_management.get_free_memory(device)
-        # cond and uncond of one step; core splits them again by the same measure, which only costs time
-        need = 1.5 * model_wrap.inner_model.memory_required([2 * shape[0], *shape[1:]])
-        return int(min(max(free * 0.8 // need, 1), 16))
+
+def levels_at_once(model_wrap, shape, options, wanted=0):
+    """How many steps of a known path to evaluate in one call: `wanted`, or by free memory where that is 0."""
+    if not can_batch_levels(model_wrap.conds, options):
+        return 1
+    if wanted:
+        return wanted
+    free = comfy.model_management.get_free_memory(model_wrap.model_patcher.load_device)
+    # cond and uncond of one step; core splits them again by the same measure, which only costs time
+    need = 1.5 * model_wrap.inner_model.memory_required([2 * shape[0], *shape[1:]])
+    return int(min(max(free * 0.8 // need, 1), 16))
 
 
 def can_batch_levels(conds, options):

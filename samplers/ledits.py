@@ -2,10 +2,12 @@
 
 import comfy.model_management
 import comfy.samplers
-import torch
 from tqdm.auto import trange
 
+from ..attention_hooks.run import AttentionRun
 from . import models
+from .inverters import can_batch_levels
+from .overrides import Overrides
 from .steps import second_order
 
 SOLVERS = ("ddpm", "dpmpp_2m_sde")
@@ -20,12 +22,16 @@ class LeditsSampler(comfy.samplers.Sampler):
     Args:
         inversion: the path.
         solver: "ddpm" (LEDITS), or "dpmpp_2m_sde", which extrapolates D to second order (LEDITS++).
+        attention: chained attention controls (`attention_hooks.edits.Control`).
+        store: a kept `AttentionStore` in place of their source pass.
+        source_steps: steps of the source pass in one call; 0 chooses by memory.
     """
 
-    def __init__(self, inversion, solver="ddpm"):
+    def __init__(self, inversion, solver="ddpm", attention=(), store=None, source_steps=0):
         if solver not in SOLVERS:
             raise ValueError(f"Unknown solver '{solver}': choose one of {', '.join(SOLVERS)}.")
         self.inversion, self.solver = inversion, solver
+        self.attention, self.store, self.source_steps = tuple(attention or ()), store, source_steps
 
     def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False):
         path = self.inversion
@@ -43,19 +49,35 @@ class LeditsSampler(comfy.samplers.Sampler):
             )
         device = noise.device
         y = path.latents[start].to(device)
-        ones = torch.ones(len(y), device=device)
+        on_device = path.sigmas.to(device)
+        encoding = {"latent_image": latent_image, "denoise_mask": denoise_mask}
+        prescribed = Overrides(model_wrap, path, noise, extra_args, **encoding)
+        run = self._attention_run(model_wrap, start, len(sigmas) - 1, extra_args, prescribed, encoding)
         edit, source = _History(self.solver), _History(self.solver)
         for i in trange(start, start + len(sigmas) - 1, disable=disable_pbar):
             comfy.model_management.throw_exception_if_processing_interrupted()
-            levels = path.sigmas[i], path.sigmas[i + 1]
-            denoised = model_wrap(y, levels[0].to(device) * ones, **extra_args)
-            step = path.step(i)
+            levels, step = (path.sigmas[i], path.sigmas[i + 1]), path.step(i)
+            residual = self._residual(i, step, source, levels).to(device)  # before the model is busy: a copy waits for it
+            prescribed.apply(i)
+            own = prescribed.extra_args | ({} if run is None else {"model_options": run.prepare(i)})
+            denoised = model_wrap(y, on_device[i].repeat(len(y)), **own)
             if callback is not None:
                 callback(i - start, denoised, y, len(sigmas) - 1)
-            y = step.keep * y + step.take * edit(denoised, *levels) + self._residual(i, step, source, levels).to(device)
+            y = step.keep * y + step.take * edit(denoised, *levels) + residual
+            if run is not None:
+                y = run.after_step(i, y)
             if denoise_mask is not None:
                 y = denoise_mask * y + (1 - denoise_mask) * path.latents[i + 1].to(device)
         return y
+
+    def _attention_run(self, guider, start, steps, extra_args, prescribed, encoding):
+        """The attention control of one run; None where there is none."""
+        if not self.attention:
+            return None
+        return AttentionRun(
+            self.attention, guider, self.inversion, start, steps, prescribed.extra_args["model_options"], **encoding,
+            kept=self.store, batch_levels=can_batch_levels({}, extra_args["model_options"]), steps_at_once=self.source_steps,
+        )  # fmt: skip
 
     def _residual(self, i, step, source, levels):
         """Residual of step i for this run's solver, [B, C, H, W]."""

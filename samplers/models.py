@@ -1,6 +1,9 @@
 """What this pack has to know of a ComfyUI MODEL."""
 
 import comfy.model_sampling
+import torch
+
+from .ddim import Scaling, eps_scaling
 
 
 def family(model):
@@ -15,6 +18,26 @@ def family(model):
             "example, are flow models). These nodes work with SD 1.x, SD 2.x, SDXL and checkpoints made from them."
         )
     return "ve"
+
+
+def scaling(model):
+    """`sigma -> ddim.Scaling` of a MODEL, from the formulas it samples with: eps- and v-prediction alike.
+
+    Of networks that predict neither (LCM, x0) D is taken as it is.
+    """
+    sampling = model.get_model_object("model_sampling")
+    zero, one = torch.zeros(1, 1, 1, 1, dtype=torch.float64), torch.ones(1, 1, 1, 1, dtype=torch.float64)
+
+    def at(sigma):
+        level = torch.tensor([sigma], dtype=torch.float64)
+        return Scaling(
+            float(sampling.calculate_input(level, one)),
+            float(sampling.calculate_denoised(level, zero, one)),
+            float(sampling.calculate_denoised(level, one, zero)),
+        )
+
+    near = at(1e-6)
+    return at if abs(near.skip - 1) < 1e-3 and 0.5 < abs(near.out) / 1e-6 < 2 else eps_scaling
 
 
 def describe(model):

@@ -45,6 +45,14 @@ prepare_comfyui(COMFYUI)
 import_pack()
 
 
+@pytest.fixture
+def inference_mode():
+    """The mode in which ComfyUI executes nodes."""
+    import torch
+    with torch.inference_mode():
+        yield
+
+
 @pytest.fixture(scope="session")
 def server_url(tmp_path_factory):
     """A real ComfyUI server with the pack and user data of its own."""

@@ -1,0 +1,102 @@
+"""Into and out of a U-Net's cross-attention, through ComfyUI's patches: what `to_v` sees, and the attention maps."""
+
+import math
+
+import comfy.model_patcher
+import torch
+from comfy.ldm.modules.attention import optimized_attention
+
+from .style_diffusion import modulate
+
+
+class ValuePatch:
+    """attn2 patch: `to_v` sees the positive's words by scale and shift; keys and other prompts keep theirs.
+
+    Args:
+        uuids: of the conditionings (ComfyUI's `cond["uuid"]`) whose rows are meant.
+
+    Attributes:
+        value: [B or 1, 2, tokens, width] of `style_diffusion`; None changes nothing.
+        seen: {(name, number, layer): (height, width)} of every cross-attention that ran.
+    """
+
+    def __init__(self, uuids):
+        self.uuids, self.value, self.seen = set(uuids), None, {}
+
+    def install(self, options):
+        """Put it first in a run's own `model_options`: patches of other packs may change the result further."""
+        patches = options.setdefault("transformer_options", {}).setdefault("patches", {})
+        patches["attn2_patch"] = [self, *patches.get("attn2_patch", [])]
+
+    def __call__(self, n, context, value, extra_options):
+        if "block" in extra_options and "activations_shape" in extra_options:
+            key = (*extra_options["block"], extra_options.get("block_index", 0))
+            self.seen[key] = tuple(extra_options["activations_shape"][-2:])
+        parts = extra_options["uuids"]
+        if self.value is None or not self.uuids.intersection(parts):
+            return n, context, value
+        rows = value.chunk(len(parts))
+        return n, context, torch.cat([modulate(v, self.value) if p in self.uuids else v for p, v in zip(parts, rows)])
+
+
+class MapTap:
+    """Cross-attention maps of chosen layers while `maps` is a list: [B, heads, height * width, tokens] are appended.
+
+    Meant for predictions of one prompt alone. Under gradient checkpointing a layer runs twice: take `maps` away before
+    the backward pass, but leave `on` as it was, so that the second run does what the first did.
+
+    Args:
+        options: a run's own `model_options`; the layers' attention is replaced there, or what replaces it already is
+            called.
+        layers: keys (name, number, layer), see `coarse_layers`.
+    """
+
+    def __init__(self, options, layers):
+        self.on, self.maps = False, None
+        present = options.get("transformer_options", {}).get("patches_replace", {}).get("attn2", {})
+        for key in layers:
+            attend = self._tapped(present.get(key, present.get(key[:2])))
+            comfy.model_patcher.set_model_options_patch_replace(options, attend, "attn2", *key)
+
+    def _tapped(self, before):
+        def attend(q, k, v, extra_options):
+            if self.on:
+                maps = attention_map(q, k, extra_options["n_heads"])
+                if self.maps is not None:
+                    self.maps.append(maps)
+            if before is not None:
+                return before(q, k, v, extra_options)
+            return optimized_attention(
+                q, k, v, extra_options["n_heads"], attn_precision=extra_options.get("attn_precision"),
+                transformer_options=extra_options,
+            )  # fmt: skip
+
+        return attend
+
+
+def attention_map(q, k, heads):
+    """`softmax(q k^T / sqrt(d))`, float32 [B, heads, queries, keys], from projected [B, N, heads * d]."""
+    q, k = (t.float().unflatten(2, (heads, -1)).transpose(1, 2) for t in (q, k))
+    return (q @ k.transpose(2, 3) * q.shape[3] ** -0.5).softmax(-1)
+
+
+def coarse_layers(seen, height, width):
+    """The layers whose maps StyleDiffusion compares: those at a quarter of the latent's resolution, down and up.
+
+    For SD 1.x at 512 x 512 the paper's five at 16 x 16. Of transformers of several layers (SDXL) the last; where a
+    network has no such level, the nearest.
+
+    Args:
+        seen: see `ValuePatch.seen`.
+        height, width: of the latent.
+    """
+    last = {}
+    for name, number, layer in sorted(seen):
+        if name in ("input", "output"):
+            last[name, number] = (name, number, layer)
+
+    def distance(key):
+        return abs(math.log(seen[key][0] * seen[key][1] / (height * width / 16)))
+
+    nearest = min((distance(key) for key in last.values()), default=0)
+    return [key for key in last.values() if math.isclose(distance(key), nearest)]

@@ -1,0 +1,187 @@
+"""SAMPLER objects of the inversions that learn; run them through a guider on a `gradients.differentiable` MODEL."""
+
+import comfy.model_management
+import comfy.samplers
+import torch
+from tqdm.auto import tqdm
+
+from . import attention_taps, ddim, models, null_text, style_diffusion
+from .gradients import Predictor
+from .inversion import Inversion, check_latent, check_sigmas
+from .steps import FAMILIES
+
+
+class _Learner(comfy.samplers.Sampler):
+    """What they have in common: a DDIM path at guidance 1, then one embedding learned after the other.
+
+    `sample` returns `x_T`; the whole record is then in `inversion`.
+
+    Args:
+        keep: what an interruption while learning does: True gives the rest of the steps the embedding learned last
+            and returns, False ends the run.
+        settings: goes into the record.
+        on_step: `(i, steps, loss) -> None`, after each step learned.
+    """
+
+    method = override = None
+
+    def __init__(self, keep=False, settings=None, on_step=None):
+        self.keep, self.settings, self.on_step = keep, settings or {}, on_step
+        self.inversion = None
+
+    def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False):
+        model = model_wrap.model_patcher
+        family = models.family(model)
+        check_sigmas(sigmas)
+        check_latent(latent_image)
+        steps = len(sigmas) - 1
+        with torch.inference_mode(False), torch.no_grad():
+            predict = Predictor(model_wrap, extra_args["model_options"])
+            picture, levels = latent_image.clone(), sigmas.float().cpu().clone()
+            self.prepare(predict, levels, picture)
+            # progress in Adam steps: one for a step of the path, and as many as each may take
+            cost = [1] * steps + [max(self.most(i), 1) for i in range(steps)]
+
+            def show(done, d, y, total=sum(cost)):
+                if callback is not None:
+                    callback(sum(cost[:done]) - 1, d, y, total)
+
+            latents = self._path(predict, picture, levels, models.scaling(model), show)
+            learned, losses = self._learn(predict, latents, levels, FAMILIES[family], show, disable_pbar)
+        settings = self.settings | {"cfg": model_wrap.cfg}
+        if torch.isfinite(losses).any():
+            settings["loss"] = float(losses.nanmean())
+        self.inversion = Inversion(
+            levels, latents.cpu(), None, torch.zeros(steps), family, models.describe(model), self.method, settings,
+            {self.override: learned}, model.model.latent_format,
+        )  # fmt: skip
+        return latents[0]
+
+    def _path(self, predict, picture, sigmas, scaling, show):
+        """The DDIM inversion at guidance 1, [N + 1, B, C, H, W]."""
+
+        def denoise(y, sigma, i):
+            d = predict("positive", y, sigma)
+            show(len(sigmas) - 1 - i, d, y)
+            return d
+
+        return ddim.invert(picture, sigmas, denoise, scaling)
+
+    def _learn(self, predict, latents, sigmas, step, show, disable):
+        """Embeddings [N, B, ...] and losses [N, B], on the CPU."""
+        steps = len(sigmas) - 1
+        learned, losses = [], []
+        with tqdm(total=steps, disable=disable, desc=self.method) as bar:
+            try:
+                for value, loss, d, y in self.steps(predict, latents, sigmas, step):
+                    learned.append(value.float().cpu())
+                    losses.append(loss)
+                    bar.set_postfix(loss=f"{loss.mean():.2e}", refresh=False)
+                    bar.update()
+                    if self.on_step is not None:
+                        self.on_step(len(learned), steps, float(loss.mean()))
+                    show(steps + len(learned), d, y)
+            except comfy.model_management.InterruptProcessingException:
+                if not self.keep:
+                    raise
+                self.settings = self.settings | {"learned_steps": len(learned)}
+        if not learned:
+            learned.append(self.start(predict, latents).float().cpu())
+            losses.append(torch.full((latents.shape[1],), torch.nan))
+        return torch.stack(learned + learned[-1:] * (steps - len(learned))), torch.stack(losses)
+
+
+class NullTextInverter(_Learner):
+    """Null-text inversion (arXiv 2211.09794): "negative" embeddings for every step.
+
+    Args:
+        inner_steps, rate, enough: see `null_text.optimise`.
+    """
+
+    method, override = "null-text", "negative"
+
+    def __init__(self, inner_steps=10, rate=1e-2, enough=1e-5, **rest):
+        super().__init__(**rest)
+        self.inner_steps, self.rate, self.enough = inner_steps, rate, enough
+
+    def most(self, i):
+        return self.inner_steps
+
+    def prepare(self, predict, sigmas, picture):
+        pass
+
+    def start(self, predict, latents):
+        return predict.words("negative", latents.shape[1])
+
+    def steps(self, predict, latents, sigmas, step):
+        return null_text.optimise(
+            latents, sigmas,
+            lambda y, i: predict("positive", y, sigmas[i]),
+            lambda y, i, words: predict("negative", y, sigmas[i], words),
+            self.start(predict, latents),
+            lambda y, i, d_p, d_u: predict.combine(y, sigmas[i], d_p, d_u),
+            self.inner_steps, self.rate, self.enough, step,
+        )  # fmt: skip
+
+
+class StyleDiffusionInverter(_Learner):
+    """StyleDiffusion (arXiv 2303.15649): a "value" of scale and shift for every step.
+
+    Args:
+        features: tokens of an image encoder for the mapping network, [B or 1, T, F]; None learns the scale and shift
+            themselves.
+        attention: weight of the attention loss.
+        most_steps, rate, enough: see `style_diffusion.optimise`.
+    """
+
+    method, override = "StyleDiffusion", "value"
+
+    def __init__(self, features=None, attention=1.0, most_steps=100, rate=1e-2, enough=1e-5, **rest):
+        super().__init__(**rest)
+        self.features, self.attention = features, attention
+        self.most_steps, self.rate, self.enough = most_steps, rate, enough
+
+    def most(self, i):
+        return style_diffusion.inner_steps(i, self.most_steps)
+
+    def prepare(self, predict, sigmas, picture):
+        self._patch = attention_taps.ValuePatch(cond["uuid"] for cond in predict.conds["positive"])
+        self._patch.install(predict.options)
+
+    def start(self, predict, latents):
+        words = predict.words("positive", latents.shape[1])
+        return torch.stack([torch.ones_like(words), torch.zeros_like(words)], 1)
+
+    def steps(self, predict, latents, sigmas, step):
+        words = predict.words("positive", latents.shape[1])
+        if self.features is None:
+            value = style_diffusion.Direct(*words.shape, words.device)
+        else:
+            features = self.features.clone().to(words).expand(len(words), -1, -1)
+            value = style_diffusion.Mapping(features, *words.shape[1:])
+        layers = attention_taps.coarse_layers(self._patch.seen, *latents.shape[-2:]) if self.attention else []
+        tap = attention_taps.MapTap(predict.options, layers)
+
+        def positive(y, i, value):
+            return self._tapped(tap, predict, y, sigmas[i], value)
+
+        def source_maps(i):
+            # the inversion's own evaluation that led from this latent to the noisier one before it (`ddim.invert`)
+            rescale = ((sigmas[i - 1] ** 2 + 1) / (sigmas[i] ** 2 + 1)) ** 0.5
+            return self._tapped(tap, predict, latents[i] * rescale, sigmas[i - 1], None)[1]
+
+        return style_diffusion.optimise(
+            latents, sigmas, value, positive,
+            lambda y, i: predict("negative", y, sigmas[i]),
+            source_maps,
+            lambda y, i, d_p, d_u: predict.combine(y, sigmas[i], d_p, d_u),
+            self.attention, self.most_steps, self.rate, self.enough, step,
+        )  # fmt: skip
+
+    def _tapped(self, tap, predict, y, sigma, value):
+        self._patch.value = value
+        tap.on, tap.maps = True, []
+        d, maps = predict("positive", y, sigma), tap.maps
+        tap.maps = None
+        return d, maps
+

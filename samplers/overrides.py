@@ -1,0 +1,95 @@
+"""Embeddings that an inversion prescribes, put in place step by step while its path is edited.
+
+Where they go is the guider's conditioning of one run, which ComfyUI copies for every run: nothing outlives it, and any
+guider with a "positive" and a "negative" takes part.
+"""
+
+import uuid
+
+import comfy.conds
+import comfy.model_patcher
+import comfy.samplers
+
+from .attention_taps import ValuePatch
+
+NAMES = ("negative", "negative_pooled", "value")
+
+
+class Overrides:
+    """`Inversion.overrides` for one run: make it when the run starts, call `apply(i)` before step i.
+
+    Args:
+        guider: the running `CFGGuider`, with its `conds` encoded.
+        inversion: the path. "negative" replaces the words of every entry of the negative, "negative_pooled" their
+            pooled text; "value" changes what `to_v` sees in the positive's cross-attention, in the share of the path's
+            steps that `settings["tau_v"]` names (all without it).
+        noise: of the shape of the latents.
+        extra_args: the sampler's. Evaluate with `Overrides.extra_args` instead.
+        encoding: `latent_image` and `denoise_mask` of the run, for models whose conditioning needs them.
+
+    Raises:
+        ValueError: an override of a name that this version does not know, or that the prompt has no place for.
+    """
+
+    def __init__(self, guider, inversion, noise, extra_args, **encoding):
+        self._guider, self._steps, self._prescribed = guider, inversion.steps, inversion.overrides
+        self.extra_args = extra_args
+        unknown = [name for name in self._prescribed if name not in NAMES]
+        if unknown:
+            raise ValueError(
+                f"This inversion ({inversion.method}) prescribes '{unknown[0]}', which this version cannot apply. "
+                "Update the pack, or invert the picture again."
+            )
+        self._words, self._value = self._prescribed.get("negative"), self._prescribed.get("value")
+        self._value_steps = inversion.settings.get("tau_v", 1.0) * inversion.steps
+        self._device, self._pooled, self._placed = noise.device, {}, None
+        if "negative" not in guider.conds:  # a guider without one: nothing is subtracted
+            self._words = None
+        elif "negative_pooled" in self._prescribed:
+            self._encode_pooled(noise, {"seed": extra_args.get("seed"), **encoding})
+        if self._value is not None:
+            self._watch_values()
+
+    def apply(self, i):
+        """Put the embeddings of step i (of the whole path) in place."""
+        own = i if self._words is not None and len(self._words) > 1 else 0
+        if own != self._placed and (self._words is not None or self._pooled):
+            words = None if self._words is None else self._words[own]
+            entries = self._guider.conds["negative"]
+            self._guider.conds["negative"] = [self._replaced(k, entry, words) for k, entry in enumerate(entries)]
+            self._placed = own
+        if self._value is not None:
+            self._values.value = self._value[i].to(self._device) if i < self._value_steps else None
+
+    def _replaced(self, k, entry, words):
+        own = dict(entry["model_conds"])
+        if words is not None and "c_crossattn" in own:
+            own["c_crossattn"] = comfy.conds.CONDCrossAttn(words.to(own["c_crossattn"].cond))
+        return {**entry, "model_conds": own | self._pooled.get(k, {})}
+
+    def _encode_pooled(self, noise, encoding):
+        """What the model makes of the pooled text (SDXL's "y"), for each entry of the negative."""
+        pooled = self._prescribed["negative_pooled"].to(noise)
+        entries = [{**entry, "pooled_output": pooled} for entry in self._guider.conds["negative"]]
+        model = self._guider.inner_model
+        encoded = comfy.samplers.encode_model_conds(
+            model.extra_conds, entries, noise, noise.device, "negative", **encoding
+        )
+        self._pooled = {k: {"y": e["model_conds"]["y"]} for k, e in enumerate(encoded) if "y" in e["model_conds"]}
+
+    def _watch_values(self):
+        """Mark the positive's rows, and add the patch that tells them by the mark."""
+        positive = [{**entry, "uuid": uuid.uuid4(), "value_prescribed": True} for entry in self._guider.conds["positive"]]
+        tokens = self._value.shape[-2]
+        for entry in positive:
+            own = entry["model_conds"].get("c_crossattn")
+            if own is not None and own.cond.shape[1] % tokens:
+                raise ValueError(
+                    f"The inversion learned {tokens} tokens, the positive prompt has {own.cond.shape[1]}: invert again "
+                    "with a source prompt of about the same length."
+                )
+        self._guider.conds["positive"] = positive
+        self._values = ValuePatch(entry["uuid"] for entry in positive)
+        options = comfy.model_patcher.create_model_options_clone(self.extra_args["model_options"])
+        self._values.install(options)
+        self.extra_args = {**self.extra_args, "model_options": options}

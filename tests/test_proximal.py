@@ -1,0 +1,184 @@
+"""Proximal guidance and the SDEdit path; the eta ramp of edit-friendly inversion."""
+import functools
+
+import numpy as np
+import pytest
+import reference
+import tiny
+import torch
+from comfy_extras.nodes_custom_sampler import (
+    CFGGuider,
+    KSamplerSelect,
+    RandomNoise,
+    SamplerCustomAdvanced,
+)
+from comfyui_ledits.nodes.ddim import DirectInversion, ProximalGuidance, SDEditPath
+from comfyui_ledits.nodes.inversion import EditFriendlyInversion
+from comfyui_ledits.nodes.sampling import LeditsKSampler
+from comfyui_ledits.samplers import proximal
+
+pytestmark = pytest.mark.usefixtures("inference_mode")
+model = functools.cache(tiny.model)
+SOURCE, EMPTY, TARGET = 1, 2, 3
+KINDS = ["sd1", "sd2", "sdxl", "sdxl_v"]
+close = functools.partial(torch.testing.assert_close, rtol=1e-3, atol=1e-3)
+
+
+def prompts(kind, *seeds):
+    return [tiny.conditioning(kind, seed) for seed in seeds]
+
+
+def direct(kind, latent, steps=10):
+    return DirectInversion.execute(model(kind), *prompts(kind, SOURCE, EMPTY), latent, 1.0, steps, "ddim_uniform", 0, 0.0,
+                                   "A", {"ablation": "none"})[0]
+
+
+def edit(kind, inversion, cfg=7.5, skip=0, model_=None, prompt=TARGET):
+    return LeditsKSampler.execute(model_ or model(kind), *prompts(kind, prompt, EMPTY), inversion, cfg, skip)[0]["samples"]
+
+
+def proximal_model(kind, quantile=0.5, shape="soft", **more):
+    return ProximalGuidance.execute(model(kind), quantile, shape, **more)[0]
+
+
+# --- proximal guidance ----------------------------------------------------------------------------------------------
+
+def threshold(delta, quantile, kind):
+    """Picture by picture, in numpy; the reference code's `delta -= delta.clamp(-t, t)` for soft."""
+    out = delta.double().numpy().copy()
+    for picture in out:
+        t = np.quantile(abs(picture), quantile) if quantile else 0.0
+        picture[...] = picture - picture.clip(-t, t) if kind == "soft" else np.where(abs(picture) > t, picture, 0)
+    return torch.from_numpy(out)
+
+
+@pytest.mark.parametrize("kind", proximal.KINDS)
+@pytest.mark.parametrize("quantile", [0.0, 0.4, 0.75, 0.95])
+def test_weak_guidance_is_left_out_for_each_picture(kind, quantile):
+    delta = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 5, 0.1]).view(3, 1, 1, 1)
+    result, level = proximal.shrink(delta, quantile, kind)
+    close(result.double(), threshold(delta, quantile, kind), rtol=0, atol=1e-5)
+    assert level.shape == (3, 1, 1, 1)
+    share = (result == 0).double().flatten(1).mean(1)
+    assert ((share - quantile).abs() < 0.02).all()
+
+
+@pytest.mark.parametrize("shape", proximal.KINDS)
+@pytest.mark.parametrize("kind", ["sd1", "sd2"])
+def test_the_edit_is_a_plain_loop_with_thresholded_guidance(kind, shape):
+    latent, timesteps = tiny.latent(kind), reference.ddim_uniform(10)
+    inversion, (target, empty) = direct(kind, latent), prompts(kind, TARGET, EMPTY)
+    x = inversion.latents[0].double() * reference.abar(timesteps[0]).sqrt()
+    for t, p in zip(timesteps, timesteps[1:]):
+        e_u = reference.eps(model(kind), empty, x, t)
+        e = e_u + 7.5 * threshold(reference.eps(model(kind), target, x, t) - e_u, 0.5, shape)
+        x = reference.step(x, e, t, p, eta=0.0)[0]
+    edited = edit(kind, inversion, model_=proximal_model(kind, 0.5, shape))
+    close(edited, tiny.KINDS[kind][0].latent_format().process_out(x).float())
+    assert not torch.allclose(edited, edit(kind, inversion), atol=0.01)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_goes_with_core_samplers_and_the_model_stays_as_it_was(kind):
+    pair, latent = prompts(kind, TARGET, EMPTY), tiny.latent(kind, 2)
+    sigmas, sampler = torch.tensor([10.0, 3.0, 1.0, 0.0]), KSamplerSelect.execute("euler")[0]
+
+    def sample(model_, cfg):
+        guider = CFGGuider.execute(model_, *pair, cfg)[0]
+        return SamplerCustomAdvanced.execute(RandomNoise.execute(1)[0], guider, sampler, sigmas, latent)[0]["samples"]
+
+    before = sample(model(kind), 7.5)
+    patched = proximal_model(kind)
+    assert not torch.allclose(sample(patched, 7.5), before, atol=1e-3)
+    close(sample(proximal_model(kind, 0.0), 7.5), before)  # nothing is left out
+    assert torch.equal(sample(patched, 1.0), sample(model(kind), 1.0))  # no guidance
+    assert torch.equal(sample(model(kind), 7.5), before)
+
+
+@pytest.mark.parametrize(("hold", "eta"), [("picture", None), ("path", None), ("path", 1.0), ("path", 0.5)])
+@pytest.mark.parametrize("kind", ["sd1", "sdxl_v"])
+def test_what_is_not_edited_is_held_to_the_source(kind, hold, eta):
+    latent = tiny.latent(kind, 2)
+    inversion = direct(kind, latent) if eta is None else EditFriendlyInversion.execute(
+        model(kind), *prompts(kind, SOURCE, EMPTY), latent, 1.0, 10, "ddim_uniform", eta, 0)[0]
+    free, held = (
+        edit(kind, inversion, model_=proximal_model(kind, 0.99, "hard", inversion=inversion, hold=h, strength=1.0,
+                                                    start=0.0, radius=0)) - latent["samples"]
+        for h in ("nothing", hold)
+    )
+    # of the last step's guidance 1 % exceeds the threshold: only there the picture may differ
+    assert (held.abs() > 1e-4).float().mean() <= 0.02
+    assert (free.abs() > 1e-4).float().mean() > 0.9
+
+
+def test_holding_begins_at_start_and_dilation_frees_the_surroundings():
+    delta = torch.zeros(1, 1, 7, 7)
+    delta[0, 0, 3, 3] = -2.0
+    for radius, count in ((0, 1), (1, 9), (2, 25)):
+        assert proximal.edited(delta, torch.ones(1, 1, 1, 1), radius).sum() == count
+    latent = tiny.latent()
+    inversion = direct("sd1", latent)
+    late = edit("sd1", inversion, model_=proximal_model("sd1", inversion=inversion, hold="path", strength=1.0, start=1.0))
+    never = edit("sd1", inversion, model_=proximal_model("sd1"))
+    assert torch.equal(late, never)
+    half = edit("sd1", inversion, model_=proximal_model("sd1", inversion=inversion, hold="path", strength=0.5, start=0.5))
+    assert not torch.allclose(half, never, atol=1e-3)
+    assert (half - latent["samples"]).pow(2).mean() < (never - latent["samples"]).pow(2).mean()
+
+
+def test_holding_without_a_source_or_to_another_is_refused():
+    with pytest.raises(ValueError, match="inversion is needed"):
+        proximal_model("sd1", hold="path")
+    inversion = direct("sd1", tiny.latent())
+    patched = proximal_model("sd1", inversion=direct("sd1", tiny.latent(height=16)), hold="picture", start=0.0)
+    with pytest.raises(ValueError, match="connect the inversion that is edited"):
+        edit("sd1", inversion, model_=patched)
+    patched = proximal_model("sd1", inversion=direct("sd1", tiny.latent(), steps=7), hold="path", start=0.0)
+    with pytest.raises(ValueError, match="other noise levels"):
+        edit("sd1", inversion, model_=patched)
+
+
+# --- SDEdit ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("skip", [0, 6])
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_edit_of_the_sdedit_path_is_image_to_image(kind, skip):
+    latent, pair = tiny.latent(kind), prompts(kind, TARGET, EMPTY)
+    inversion, x_T = SDEditPath.execute(model(kind), latent, 10, "ddim_uniform", 3).result
+    guider, sampler = CFGGuider.execute(model(kind), *pair, 5.0)[0], KSamplerSelect.execute("euler")[0]
+    sigmas = inversion.sigmas[skip:]
+    expected = SamplerCustomAdvanced.execute(RandomNoise.execute(3)[0], guider, sampler, sigmas, latent)[0]["samples"]
+    close(edit(kind, inversion, 5.0, skip), expected)
+    y_0 = tiny.KINDS[kind][0].latent_format().process_in(latent["samples"])
+    noise = torch.randn(y_0.shape, generator=torch.Generator("cpu").manual_seed(3))
+    for sigma, y in zip(inversion.sigmas, inversion.latents):
+        close(y, y_0 + sigma * noise, rtol=0, atol=1e-5)
+    close(x_T["samples"], tiny.KINDS[kind][0].latent_format().process_out(inversion.latents[0]))
+
+
+def test_a_picture_of_a_batch_has_its_own_noise():
+    latent = tiny.latent(batch=3)
+    together = SDEditPath.execute(model("sd1"), latent, 10, "ddim_uniform", 3)[0]
+    alone = SDEditPath.execute(model("sd1"), {"samples": latent["samples"][2:]}, 10, "ddim_uniform", 5)[0]
+    assert torch.equal(together.latents[:, 2:], alone.latents)
+    assert not torch.allclose(together.latents[0, 0], together.latents[0, 1], atol=1.0)
+
+
+# --- edit-friendly inversion with another eta at every step ---------------------------------------------------------
+
+@pytest.mark.parametrize(("start", "end"), [(1.0, 0.0), (0.2, 0.9), (0.5, -1.0)])
+@pytest.mark.parametrize("kind", ["sd1", "sd2"])
+def test_eta_may_change_along_the_path(kind, start, end):
+    latent, timesteps = tiny.latent(kind), reference.ddim_uniform(10)
+    pair = prompts(kind, SOURCE, EMPTY)
+    inversion = EditFriendlyInversion.execute(
+        model(kind), *pair, latent, 3.5, 10, "ddim_uniform", start, 0, eta_end=end)[0]
+    last = start if end < 0 else end
+    etas = [start + (last - start) * i / 9 for i in range(10)]
+    close(inversion.etas.double(), torch.tensor(etas, dtype=torch.float64), rtol=0, atol=1e-6)
+    predict = reference.guided(model(kind), *pair, 3.5)
+    for i, (t, p) in enumerate(zip(timesteps, timesteps[1:])):
+        x = inversion.latents[i].double() * reference.abar(t).sqrt()
+        mean = reference.step(x, predict(x, t), t, p, etas[i])[0] / reference.abar(p).sqrt()
+        close(inversion.residuals[i].double(), inversion.latents[i + 1].double() - mean, rtol=0, atol=2e-4)
+    close(edit(kind, inversion, 3.5, prompt=SOURCE), latent["samples"], rtol=0, atol=1e-4)
