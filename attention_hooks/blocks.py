@@ -1,0 +1,162 @@
+"""Names of a U-Net's attention layers and the small language that selects some of them."""
+
+import math
+import re
+from dataclasses import dataclass
+
+PARTS = ("input", "middle", "output")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One transformer block (a self- and a cross-attention) or one residual block of a U-Net.
+
+    Attributes:
+        part, number: ComfyUI's block name, such as "output", 6.
+        index: which transformer block of the spatial transformer; which residual block of the block.
+        level: how often the latent was halved on the way to its grid.
+        width: channels of q, k and v, or of the residual block's output.
+        order: position in the order of execution, over layers and residual blocks together.
+    """
+
+    part: str
+    number: int
+    index: int
+    level: int
+    width: int
+    order: int
+
+    @property
+    def key(self):
+        """As in ComfyUI's `attn1_replace`: (part, number, index)."""
+        return self.part, self.number, self.index
+
+    @property
+    def name(self):
+        return f"{self.part}.{self.number}.{self.index}"
+
+    def grid(self, size):
+        """Height and width of its token grid for a latent of `size` (every halving rounds up)."""
+        return tuple(-(-side // 2**self.level) for side in size)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A U-Net's transformer blocks and residual blocks, in order of execution."""
+
+    layers: tuple[Layer, ...]
+    resblocks: tuple[Layer, ...]
+
+    @property
+    def kind(self):
+        """Whose blocks these are: "SD" (1.x and 2.x), "SDXL" or "other"."""
+        places = {(layer.part, layer.number) for layer in self.layers}
+        for kind, known in _KINDS.items():
+            if places == known:
+                return kind
+        return "other"
+
+
+_KINDS = {
+    "SD": {*(("input", n) for n in (1, 2, 4, 5, 7, 8)), ("middle", 0), *(("output", n) for n in range(3, 12))},
+    "SDXL": {*(("input", n) for n in (4, 5, 7, 8)), ("middle", 0), *(("output", n) for n in range(6))},
+}
+
+# Names for the layers that the papers use. MasaCtrl's start layer 10 of 16 is SD's output.6; of SDXL's 70 its authors
+# tried 44 (output.1), 54 and 64. Plug-and-Play has no published SDXL layers: the same stage of the decoder.
+PRESETS = {
+    "p2p": {"other": "@<=1/2"},
+    "words": {"other": "input@16, output@16"},
+    "masactrl": {"SD": "output.6-11", "SDXL": "output.1-5", "other": "output@>=1/2"},
+    "pnp": {"SD": "output.4-11", "SDXL": "output.1-5", "other": "output.1-"},
+    "pnp_features": {"SD": "output.4", "SDXL": "output.1", "other": "output.1"},
+}
+
+HELP = (
+    "Blocks, separated by commas: 'all', 'none', 'input', 'middle', 'output', 'output.6', 'output.3-5', 'output.6-', "
+    "'input.7.0-3' (transformer blocks within), each with a resolution if wanted: '@1/2' (half the latent's side), "
+    "'@<=1/2', '@16' (the grid nearest to 16 x 16), and '-' before what to leave out: '@<=1/2, -middle'."
+)
+
+
+def preset_help(name):
+    """What a preset stands for, for tooltips."""
+    texts = PRESETS[name]
+    if set(texts) == {"other"}:
+        return f"'{name}' is {texts['other']}."
+    return f"'{name}' is {texts['SD']} on SD 1.x and 2.x, {texts['SDXL']} on SDXL."
+
+
+_TERM = re.compile(
+    r"(?P<part>all|input|middle|output)?(?:\.(?P<numbers>\d+(?:-\d*)?))?(?:\.(?P<indices>\d+(?:-\d*)?))?"
+    r"(?:@(?P<compare><=|>=)?(?P<size>\d+(?:/\d+)?))?"
+)
+
+
+def select(text, layers, layout, size):
+    """The layers that a text names.
+
+    Args:
+        text: see `HELP`; names in PRESETS stand for the layers of the model at hand.
+        layers: `Layer`s to choose from: `layout.layers` or `layout.resblocks`.
+        layout: the model's, for presets.
+        size: height and width of the latent, for '@16'.
+
+    Returns:
+        frozenset of `Layer.key`.
+
+    Raises:
+        ValueError: a term that cannot be read, or names no block of this model.
+    """
+    chosen = set()
+    for term in re.split(r"[,\n]", text):
+        term = re.sub(r"\s+", "", term).lower()
+        if not term or term == "none":
+            continue
+        minus, name = term.startswith("-"), term.lstrip("-")
+        if name in PRESETS:
+            texts = PRESETS[name]
+            keys = select(texts.get(layout.kind, texts["other"]), layers, layout, size)
+        else:
+            keys = _match(name, layers, size)
+        chosen = chosen - keys if minus else chosen | keys
+    return frozenset(chosen)
+
+
+def _match(term, layers, size):
+    read = _TERM.fullmatch(term)
+    if not read or (read["numbers"] and read["part"] in (None, "all")):
+        raise ValueError(f"'{term}' is no block selection. {HELP}")
+    keys = [x for x in layers if read["part"] in (None, "all", x.part)]
+    for field, wanted in (("number", read["numbers"]), ("index", read["indices"])):
+        if wanted:
+            first, _, last = wanted.partition("-")
+            last = int(last) if last else int(first) if "-" not in wanted else 10**9
+            if last < 10**9 and not any(getattr(x, field) == last for x in keys):
+                raise _unknown(term, layers)
+            keys = [x for x in keys if int(first) <= getattr(x, field) <= last]
+    if read["size"]:
+        keys = [x for x in keys if _fits(x.level, read["compare"], read["size"], keys, size)]
+    if not keys:
+        raise _unknown(term, layers)
+    return {x.key for x in keys}
+
+
+def _fits(level, compare, wanted, layers, size):
+    if "/" in wanted or wanted == "1":
+        above, _, below = wanted.partition("/")
+        target = math.log2(int(below or 1) / int(above))
+    else:
+        side = math.sqrt(size[0] * size[1])
+        target = min({x.level for x in layers}, key=lambda n: abs(math.log2(side / 2**n / int(wanted))))
+    if compare == "<=":
+        return level >= target
+    return level <= target if compare == ">=" else level == target
+
+
+def _unknown(term, layers):
+    names = {}
+    for x in layers:
+        names.setdefault(f"{x.part}.{x.number}", f"@1/{2**x.level}" if x.level else "@1")
+    has = ", ".join(f"{name} ({resolution})" for name, resolution in names.items())
+    return ValueError(f"This model has no block '{term}'. It has: {has}.")

@@ -1,0 +1,96 @@
+"""Local blend of Prompt-to-Prompt: the picture changes only where the words are (arXiv 2208.01626, section 3.2)."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from ..align import columns
+
+
+@dataclass(frozen=True)
+class LocalBlend:
+    """Settings of the mask.
+
+    Attributes:
+        words: phrases whose place may change, in either prompt.
+        substruct_words: phrases whose place may not.
+        threshold, substruct_threshold: share of the map's maximum above which a place belongs to a word.
+        start: fraction of the steps after which the mask is applied.
+        blocks: selection of the cross-attention layers that give the maps.
+    """
+
+    words: tuple
+    substruct_words: tuple = ()
+    threshold: float = 0.3
+    substruct_threshold: float = 0.3
+    start: float = 0.2
+    blocks: str = "words"
+
+    def check(self, prompts):
+        """Refuse a phrase that is in neither prompt.
+
+        Raises:
+            ValueError: names it.
+        """
+        for phrase in (*self.words, *self.substruct_words):
+            if not prompts.source_tokens.search(phrase):
+                prompts.target_tokens.find(phrase)
+
+    def bind(self, prompts, setting):
+        return BoundBlend(self, prompts, setting)
+
+
+class BoundBlend:
+    """The maps of one run, and the mask they give. `mask` is the last one, [B, 1, h, w], None before."""
+
+    def __init__(self, settings, prompts, setting):
+        self.settings, self.size, self.mask = settings, setting.size, None
+        self.start = int(setting.steps * settings.start + 1e-9)
+        self.layers = setting.layers(settings.blocks)
+        self.columns = tuple(
+            torch.stack([columns(tokens, phrases) for phrases in (settings.words, settings.substruct_words)], dim=1)
+            for tokens in (prompts.source_tokens, prompts.target_tokens)
+        )
+        self._sums, self._step = {}, {}
+
+    def word_maps(self, layer):
+        return self.columns if layer.key in self.layers else None
+
+    def see(self, step, layer, grid, source, target):
+        """Maps of one layer at a step; a step that is evaluated twice counts once."""
+        self._step[layer.key] = grid, torch.stack([source, target]).float()
+
+    def after_step(self, step, y, source):
+        for key, (grid, maps) in self._step.items():
+            before = self._sums.get(key)
+            self._sums[key] = grid, maps if before is None else before[1] + maps
+        self._step = {}
+        if step < self.start or not self._sums:
+            return y
+        self.mask = self._mask(average(self._sums.values()), y.shape[-2:]).to(y)
+        return source + self.mask * (y - source)
+
+    def _mask(self, maps, size):
+        """Mask [B, 1, h, w] from maps [2 (source, target), B, 2 (words, substruct words), h, w]."""
+        blend, substruct = maps[:, :, 0], maps[:, :, 1]
+        mask = above(F.max_pool2d(blend, 3, 1, 1), self.settings.threshold, size)
+        if self.settings.substruct_words:
+            mask &= ~above(substruct, self.settings.substruct_threshold, size)
+        return mask[:, None]
+
+
+def average(maps):
+    """Mean over layers of (grid, [2, B, h * w, G]) as [2, B, G, h, w] on the finest of their grids."""
+    maps = list(maps)
+    finest = max((grid for grid, _ in maps), key=lambda grid: grid[0] * grid[1])
+    spread = [m.mT.unflatten(-1, grid) for grid, m in maps]
+    spread = [m if m.shape[-2:] == finest else F.interpolate(m.flatten(0, 1), finest).unflatten(0, m.shape[:2]) for m in spread]
+    return torch.stack(spread).mean(0)
+
+
+def above(maps, threshold, size):
+    """Whether source or target exceed a share of their maximum: [2, B, h, w] to boolean [B, *size]."""
+    maps = F.interpolate(maps, size)
+    top = maps.amax((-2, -1), keepdim=True)
+    return ((maps > threshold * top) & (top > 0)).any(0)

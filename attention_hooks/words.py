@@ -1,0 +1,48 @@
+"""What people write into the text widgets: phrases, and phrases with numbers."""
+
+import re
+
+
+def phrases(text):
+    """'cat, red hat' as ("cat", "red hat")."""
+    return tuple(part.strip() for part in re.split(r"[,;\n]", text) if part.strip())
+
+
+def factors(text):
+    """'smiling: 2, hat: -1' as (("smiling", 2.0), ("hat", -1.0)).
+
+    Raises:
+        ValueError: a part without a number.
+    """
+    return tuple((phrase, _number(value, phrase, value)) for phrase, value in _pairs(text, "smiling: 2, hat: -1"))
+
+
+def windows(text):
+    """'dog: 0.2, sofa: 0.1-0.6' as (("dog", (0.0, 0.2)), ("sofa", (0.1, 0.6))).
+
+    Raises:
+        ValueError: a part without a window, or one that is not within 0..1 and in order.
+    """
+    out = []
+    for phrase, value in _pairs(text, "dog: 0.2, sofa: 0.1-0.6"):
+        found = re.fullmatch(r"(?:([\d.]+)\s*-\s*)?([\d.]+)", value)
+        window = [_number(number or "0", phrase, value) for number in found.groups()] if found else (2, 0)
+        if not 0 <= window[0] <= window[1] <= 1:
+            raise ValueError(f"'{value}' for '{phrase}' is no window: write fractions of the edit such as 0.1-0.6.")
+        out.append((phrase, tuple(window)))
+    return tuple(out)
+
+
+def _pairs(text, example):
+    for part in phrases(text):
+        phrase, found, value = re.fullmatch(r"(.*?)(?:([:=])\s*([^:=]*))?", part).groups()
+        if not found or not phrase.strip():
+            raise ValueError(f"'{part}' needs a word and a number, as in '{example}'.")
+        yield phrase.strip(), value.strip()
+
+
+def _number(text, phrase, value):
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"'{value}' for '{phrase}' is not a number.") from None

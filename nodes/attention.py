@@ -1,0 +1,207 @@
+"""Attention controls: what of the source picture's attention an edit keeps."""
+
+from comfy_api.latest import io
+
+from ..attention_hooks import words
+from ..attention_hooks.blocks import HELP, preset_help
+from ..attention_hooks.controls.local_blend import LocalBlend
+from ..attention_hooks.controls.masactrl import MasaCtrl
+from ..attention_hooks.controls.p2p import PromptToPrompt
+from ..attention_hooks.controls.pnp import PlugAndPlay
+from . import sockets
+from .prompts import CATEGORY
+
+
+def _prompts(optional=False, more=""):
+    return sockets.Prompts.Input("prompts", optional=optional, tooltip="Source and target, from Edit Prompts." + more)
+
+
+def _chain():
+    return sockets.Attention.Input("attention", optional=True, tooltip="Controls before this one.")
+
+
+def _source():
+    return io.Conditioning.Input("source", optional=True,
+                                 tooltip="What the picture shows, as encoded for the inversion. Without it, and without "
+                                 "prompts, the edit's negative.")  # fmt: skip
+
+
+def _fraction(name, default, tooltip, advanced=False):
+    return io.Float.Input(name, default=default, min=0.0, max=1.0, step=0.01, tooltip=tooltip,
+                          **({"optional": True, "advanced": True} if advanced else {}))  # fmt: skip
+
+
+def _blocks(name, default, what):
+    return io.String.Input(name, default=default, optional=True, advanced=True,
+                           tooltip=f"{what} {preset_help(default) if default != 'all' else ''} {HELP}")  # fmt: skip
+
+
+def _output():
+    return [sockets.Attention.Output(display_name="attention", tooltip="For a LEDITS sampler, or the next control.")]
+
+
+def _p2p_inputs(cross, own, uncond=None):
+    return [
+        _prompts(),
+        _fraction("cross_replace_steps", cross, "Share of the steps, from the first, in which words keep the place of "
+                  "the source's. More keeps more. The paper uses 0.8, Direct Inversion's benchmark 0.4."),
+        _fraction("self_replace_steps", own, "Share of the steps, from the first, in which the layout (self-attention) is "
+                  "the source's. More keeps more. The paper uses 0.4, Direct Inversion's benchmark 0.6."),
+        *([] if uncond is None else [
+            _fraction("uncond_self_replace_steps", uncond, "The same for the negative's branch (tau_u). 0 is plain "
+                      "Prompt-to-Prompt; the authors favour 0.5.")
+        ]),
+        io.String.Input("equalizer", multiline=True, default="", optional=True,
+                        tooltip="Words of the target with a factor for their attention, such as 'smiling: 2, hat: -1'. "
+                        "Above 1 is more, negative pushes away. Acts while cross_replace_steps do."),
+        io.String.Input("blend_words", multiline=False, default="", optional=True,
+                        tooltip="Local blend: words whose place may change, of either prompt, such as 'cat, dog'. The "
+                        "rest of the picture stays. Empty for no blend."),
+        io.String.Input("substruct_words", default="", optional=True, advanced=True,
+                        tooltip="Local blend: words whose place may not change."),
+        _fraction("threshold", 0.3, "Local blend: share of a word's maximum above which a place belongs to it.", True),
+        _fraction("start_blend", 0.2, "Local blend: share of the steps before it starts.", True),
+        io.String.Input("word_steps", multiline=True, default="", optional=True, advanced=True,
+                        tooltip="Words of the target with a window of their own instead of cross_replace_steps, such as "
+                        "'dog: 0.2, sofa: 0.1-0.6'."),
+        _fraction("cross_replace_start", 0.0, "Share of the steps before cross_replace_steps begins.", True),
+        _fraction("self_replace_start", 0.0, "Share of the steps before self_replace_steps begins.", True),
+        _blocks("self_blocks", "p2p", "Where self-attention is replaced:"),
+        _blocks("cross_blocks", "all", "Where cross-attention is edited."),
+        _blocks("blend_blocks", "words", "Which layers' maps make the local blend's mask:"),
+        _chain(),
+    ]  # fmt: skip
+
+
+def _p2p(prompts, cross_replace_steps, self_replace_steps, uncond_self_replace_steps=0.0, equalizer="", blend_words="",
+         substruct_words="", threshold=0.3, start_blend=0.2, word_steps="", cross_replace_start=0.0,
+         self_replace_start=0.0, self_blocks="p2p", cross_blocks="all", blend_blocks="words", attention=None):  # fmt: skip
+    blend = None
+    if words.phrases(blend_words):
+        blend = LocalBlend(words.phrases(blend_words), words.phrases(substruct_words), threshold, threshold, start_blend,
+                           blend_blocks)  # fmt: skip
+    elif words.phrases(substruct_words):
+        raise ValueError("substruct_words take away from the place of blend_words: write those too.")
+    control = PromptToPrompt(
+        prompts, None, (cross_replace_start, cross_replace_steps), words.windows(word_steps), words.factors(equalizer),
+        (self_replace_start, self_replace_steps), (0.0, uncond_self_replace_steps), cross_blocks, self_blocks, blend,
+    )  # fmt: skip
+    control.check()
+    return io.NodeOutput((*(attention or ()), control))
+
+
+class PromptToPromptNode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="LEDITS_PromptToPrompt",
+            display_name="Prompt-to-Prompt",
+            category=CATEGORY,
+            description="Changes words of the prompt and keeps the picture's structure: word swap, refinement, reweighting, "
+            "local blend (arXiv 2208.01626).",
+            search_aliases=["p2p", "word swap", "attention replace", "attention refine", "attention reweight"],
+            inputs=_p2p_inputs(0.8, 0.4),
+            outputs=_output(),
+        )
+
+    @classmethod
+    def execute(cls, prompts, cross_replace_steps, self_replace_steps, **kwargs):
+        return _p2p(prompts, cross_replace_steps, self_replace_steps, **kwargs)
+
+
+class P2PlusNode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="LEDITS_P2Plus",
+            display_name="P2Plus",
+            category=CATEGORY,
+            description="Prompt-to-Prompt that also keeps the layout in the negative's branch (arXiv 2303.15649): for "
+            "larger changes of structure.",
+            search_aliases=["p2p plus", "stylediffusion", "prompt to prompt"],
+            inputs=_p2p_inputs(0.8, 0.4, 0.5),
+            outputs=_output(),
+        )
+
+    @classmethod
+    def execute(cls, prompts, cross_replace_steps, self_replace_steps, uncond_self_replace_steps, **kwargs):
+        return _p2p(prompts, cross_replace_steps, self_replace_steps, uncond_self_replace_steps, **kwargs)
+
+
+class MasaCtrlNode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="LEDITS_MasaCtrl",
+            display_name="MasaCtrl",
+            category=CATEGORY,
+            description="Keeps the look of the picture's objects while pose, place or view follow the target prompt "
+            "(arXiv 2304.08465).",
+            search_aliases=["mutual self-attention", "pose change", "consistent editing"],
+            inputs=[
+                _fraction("start_step", 0.08, "Share of the steps before it starts: 0.08 is the paper's 4 of 50. Later "
+                          "gives the target prompt more say over the layout."),
+                _blocks("start_layer", "masactrl", "Where it acts:"),
+                io.Boolean.Input("target_keys", default=False, optional=True, advanced=True,
+                                 tooltip="Look up the target's own keys and values too: freer, less like the source."),
+                _prompts(True, " Needed for source_words and target_words."),
+                _source(),
+                io.Mask.Input("source_mask", optional=True, tooltip="The object in the source picture."),
+                io.Mask.Input("target_mask", optional=True, tooltip="Where the object shall be."),
+                io.String.Input("source_words", default="", optional=True,
+                                tooltip="Words of the source prompt that name the object: masks from attention, so that "
+                                "object and ground are not mixed up. Empty for no masks."),
+                io.String.Input("target_words", default="", optional=True,
+                                tooltip="The same of the target prompt."),
+                _fraction("threshold", 0.1, "Of the words' attention (stretched to 0..1) above which a place belongs to "
+                          "the object.", True),
+                _fraction("end_step", 1.0, "Share of the steps after which it stops.", True),
+                _blocks("word_blocks", "words", "Which layers' maps make the masks:"),
+                _chain(),
+            ],
+            outputs=_output(),
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, start_step, start_layer="masactrl", target_keys=False, prompts=None, source=None, source_mask=None,
+                target_mask=None, source_words="", target_words="", threshold=0.1, end_step=1.0, word_blocks="words",
+                attention=None):  # fmt: skip
+        control = MasaCtrl(
+            prompts, source, (start_step, end_step), start_layer, target_keys, source_mask, target_mask,
+            words.phrases(source_words), words.phrases(target_words), threshold, word_blocks,
+        )  # fmt: skip
+        control.check()
+        return io.NodeOutput((*(attention or ()), control))
+
+
+class PlugAndPlayNode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="LEDITS_PlugAndPlay",
+            display_name="Plug-and-Play",
+            category=CATEGORY,
+            description="Keeps the layout of the picture while everything else follows the target prompt: material, style, "
+            "scenery (arXiv 2211.12572).",
+            search_aliases=["pnp", "plug and play features", "style", "image to image translation"],
+            inputs=[
+                _fraction("pnp_f_t", 0.8, "Share of the steps, from the first, with the source's features. More keeps "
+                          "more of the layout."),
+                _fraction("pnp_attn_t", 0.5, "Share of the steps, from the first, with the source's self-attention."),
+                _prompts(True),
+                _source(),
+                _blocks("feature_blocks", "pnp_features", "Where features are injected (residual blocks):"),
+                _blocks("attention_blocks", "pnp", "Where self-attention is injected:"),
+                _chain(),
+            ],
+            outputs=_output(),
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, pnp_f_t, pnp_attn_t, prompts=None, source=None, feature_blocks="pnp_features",
+                attention_blocks="pnp", attention=None):  # fmt: skip
+        control = PlugAndPlay(prompts, source, (0.0, pnp_f_t), (0.0, pnp_attn_t), feature_blocks, attention_blocks)
+        return io.NodeOutput((*(attention or ()), control))
+
+
+NODES = [PromptToPromptNode, P2PlusNode, MasaCtrlNode, PlugAndPlayNode]

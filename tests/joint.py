@@ -1,0 +1,192 @@
+"""The attention editors as their papers run them: one joint batch of source and target rows, explicit matrices.
+
+Slow and plain on purpose: the tests hold the nodes against it. Nothing of the pack is used in `joint_edit`, which calls the
+tiny model's U-Net itself, with rows [u_source, u_target, c_source, c_target] and every attention replaced by
+softmax(Q K^T) V on matrices of [rows, heads, queries, keys] that an editor may change. Variance-preserving DDIM.
+"""
+import comfy.samplers
+import comfy.sd
+import comfy.sd1_clip
+import comfy.sdxl_clip
+import comfy.supported_models_base
+import tiny
+import torch
+from comfyui_ledits.attention_hooks.prompts import edit_prompts
+from comfyui_ledits.samplers import models
+from comfyui_ledits.samplers.guider import LeditsGuider
+from comfyui_ledits.samplers.inversion import Inversion
+from comfyui_ledits.samplers.ledits import LeditsSampler
+
+
+def clip(kind="sd1", embeddings=None):
+    """CLIP of ComfyUI's own classes, with random weights and the widths of the tiny models."""
+    def config(width):
+        return {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 3, "num_attention_heads": 2}
+
+    both = kind.startswith("sdxl")
+    own = comfy.sdxl_clip if both else comfy.sd1_clip
+    target = comfy.supported_models_base.ClipTarget(
+        own.SDXLTokenizer if both else own.SD1Tokenizer, own.SDXLClipModel if both else own.SD1ClipModel)
+    options = {"clip_l_model_config": config(tiny.CONTEXT - tiny.POOLED if both else tiny.CONTEXT),
+               "clip_g_model_config": config(tiny.POOLED), "dtype": torch.float32}
+    out = comfy.sd.CLIP(target, embedding_directory=embeddings, model_options=options)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, p in out.cond_stage_model.named_parameters():
+            if "norm" in name or p.ndim == 0:
+                p.fill_(1 if name.endswith("weight") else 0)
+            else:
+                p.normal_(generator=generator).mul_(0.5 if "embedding" in name else p.shape[-1] ** -0.5)
+    return out
+
+
+def prompts(kind, source, target, mapping="auto"):
+    return edit_prompts(clip(kind), source, target, mapping)
+
+
+def negative(kind, text=""):
+    encoder = clip(kind)
+    return encoder.encode_from_tokens_scheduled(encoder.tokenize(text))
+
+
+def timesteps(steps):
+    """Timesteps of the path's levels, noisiest first, from 901 on."""
+    return torch.linspace(901, 1, steps + 1).round().long()
+
+
+def path(model, steps=10, batch=1, height=16, width=16, seed=7):
+    """A path by hand: the picture with noise of its own at every level, and no residuals (as Direct Inversion's)."""
+    generator = torch.Generator().manual_seed(seed)
+    sampling = model.get_model_object("model_sampling")
+    sigmas = sampling.sigmas[timesteps(steps)].clone()
+    picture = torch.randn(batch, 4, height, width, generator=generator)
+    noise = torch.randn(batch, 4, height, width, generator=generator)
+    latents = torch.stack([picture + s * noise for s in sigmas])
+    return Inversion(sigmas, latents, None, torch.zeros(steps), "ve", models.describe(model), "by hand",
+                     latent_format=model.model.latent_format)
+
+
+def run(model, inversion, positive, negative, cfg, attention=(), start=0, **kwargs):
+    """What the LEDITS sampler makes of it, as latents in the model's own space; and the guider."""
+    concepts = kwargs.pop("concepts", ())
+    guider = LeditsGuider(model, positive, negative, cfg, concepts)
+    sampler = LeditsSampler(inversion, attention=attention, **kwargs)
+    picture = inversion.latent_format.process_out(inversion.latents[-1])
+    with torch.inference_mode():  # as ComfyUI runs its nodes
+        out = guider.sample(torch.zeros_like(picture), picture, sampler, inversion.sigmas[start:], disable_pbar=True)
+    return inversion.latent_format.process_in(out), guider
+
+
+def split(model):
+    """Make ComfyUI believe that only one prediction at a time fits into memory."""
+    model.model.memory_required = lambda *args, **kwargs: float("inf")
+    return model
+
+
+class Editor:
+    """Changes nothing. `maps` and `values` see each layer's matrices and may return others.
+
+    Rows come as [u_source, u_target, c_source, c_target], each of B pictures, as dictionaries of views.
+    """
+
+    def begin(self, step):
+        pass
+
+    def self_attention(self, q, k, v, probs, layer):
+        return {name: probs[name] @ v[name] for name in probs}
+
+    def cross_maps(self, probs, layer):
+        return probs
+
+    def feature(self, h, block):
+        return h
+
+    def latent(self, x, source, step):
+        return x
+
+
+ROWS = ("u_s", "u_t", "c_s", "c_t")
+
+
+def joint_edit(model, inversion, source, target, negative, cfg, editor, start=0):
+    """Edited latents [B, 4, h, w] of a path, by DDIM with the source row held on the path.
+
+    `negative` may be a list of CONDITIONINGs, one for every step.
+    """
+    unet, batch = model.model.diffusion_model, inversion.latents.shape[1]
+    sampling = model.get_model_object("model_sampling")
+    every = negative if isinstance(negative[0][0], list) and len(negative) > 1 else None
+    negative = negative if every is None else every[0]
+
+    def contexts(i):
+        n = negative if every is None else every[i]
+        return torch.cat([c[0][0].expand(batch, -1, -1) for c in (n, n, source, target)])
+
+    y = None
+    if unet.num_classes is not None:
+        noise = inversion.latents[0]
+        entries = [{"cross_attn": c[0][0], "pooled_output": c[0][1]["pooled_output"], "model_conds": {}}
+                   for c in (negative, negative, source, target)]
+        entries = comfy.samplers.encode_model_conds(model.model.extra_conds, entries, noise, noise.device, "positive")
+        y = torch.cat([e["model_conds"]["y"].cond.expand(batch, -1) for e in entries])
+    steps = len(inversion.sigmas) - 1
+    x = None
+    for i in range(start, steps):
+        s, p = inversion.sigmas[i], inversion.sigmas[i + 1]
+        a, b = 1 / (1 + s**2), 1 / (1 + p**2)
+        x_s = inversion.latents[i] * a.sqrt()
+        x = x_s.clone() if x is None else x
+        editor.begin(i - start)
+        t = sampling.timestep(s)
+        rows = torch.cat([x_s, x, x_s, x])
+        out = _unet(unet, rows, t, contexts(i), y, editor, batch)
+        if model.model.model_type.name == "V_PREDICTION":
+            out = a.sqrt() * out + (1 - a).sqrt() * rows
+        _, u, _, c = out.chunk(4)
+        e = u + cfg * (c - u)
+        x = b.sqrt() * (x - (1 - a).sqrt() * e) / a.sqrt() + (1 - b).sqrt() * e
+        x = editor.latent(x, inversion.latents[i + 1] * b.sqrt(), i - start)
+    return x / b.sqrt()
+
+
+def _unet(unet, rows, t, context, y, editor, batch):
+    def named(tensor):
+        return dict(zip(ROWS, tensor.unflatten(0, (4, batch))))
+
+    def heads(tensor, extra):
+        return tensor.unflatten(-1, (extra["n_heads"], -1)).transpose(-3, -2)
+
+    def layer(key, kind):
+        def patch(q, k, v, extra):
+            q, k, v = (named(heads(z, extra)) for z in (q, k, v))
+            place = key, tuple(extra["activations_shape"][-2:])
+            probs = {n: (q[n] @ k[n].mT * q[n].shape[-1] ** -0.5).softmax(-1) for n in ROWS}
+            if kind == "attn1":
+                out = editor.self_attention(q, k, v, probs, place)
+            else:
+                probs = editor.cross_maps(probs, place)
+                out = {n: probs[n] @ v[n] for n in ROWS}
+            return torch.cat([out[n] for n in ROWS]).transpose(-3, -2).flatten(-2)
+
+        return patch
+
+    handles, replaced = [], {"attn1": {}, "attn2": {}}
+    blocks = [*(("input", n, b) for n, b in enumerate(unet.input_blocks)), ("middle", 0, unet.middle_block),
+              *(("output", n, b) for n, b in enumerate(unet.output_blocks))]
+    for part, number, block in blocks:
+        for module in block:
+            for index, _ in enumerate(getattr(module, "transformer_blocks", ())):
+                for kind, own in replaced.items():
+                    own[part, number, index] = layer((part, number, index), kind)
+            if hasattr(module, "out_layers"):
+                def hook(module, inputs, out, place=(part, number)):
+                    changed = editor.feature(named(out), place)
+                    return torch.cat([changed[n] for n in ROWS])
+                handles.append(module.out_layers.register_forward_hook(hook))
+    try:
+        with torch.no_grad():
+            return unet(rows, t.expand(len(rows)).float(), context=context, y=y,
+                        transformer_options={"patches_replace": replaced, "cond_or_uncond": []})
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,196 @@
+"""Prompt-to-Prompt and P2Plus against the papers' joint batch with explicit matrices."""
+import joint
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+from comfyui_ledits.attention_hooks.controls.local_blend import LocalBlend
+from comfyui_ledits.attention_hooks.controls.p2p import PromptToPrompt
+
+SOURCE, REFINED, SWAPPED = "a cat on a sofa", "a silver cat on a sofa", "a schnauzer on a sofa"
+# Positions of the tokens, counted by hand: <start> a cat on a sofa <end>; "schnauzer" is two of them.
+WORDS = {SOURCE: {"cat": [2], "sofa": [5]}, REFINED: {"silver": [2], "cat": [3], "sofa": [6]},
+         SWAPPED: {"schnauzer": [2, 3], "sofa": [6]}}
+SHAPES = [("sd1", 16, 16, 1, False), ("sdxl", 24, 16, 2, False), ("sd1", 24, 16, 2, True), ("sdxl", 16, 16, 1, True)]
+
+
+class Paper(joint.Editor):
+    """Equations of arXiv 2208.01626, section 3, on the maps of one head."""
+
+    def __init__(self, target, steps, cross, self_until, uncond_until=0, words=None, eq=None, blend=None):
+        self.target, self.steps, self.cross, self.self_until = target, steps, cross, self_until
+        self.uncond_until, self.words, self.eq, self.blend = uncond_until, words or {}, eq or {}, blend
+        self.total = {}
+
+    def begin(self, step):
+        self.step = step
+
+    def self_attention(self, q, k, v, probs, layer):
+        (key, (h, w)) = layer
+        if h * w <= self.tokens / 4:
+            if self.step < int(self.steps * self.self_until):
+                probs["c_t"] = probs["c_s"]
+            if self.step < int(self.steps * self.uncond_until):
+                probs["u_t"] = probs["u_s"]
+        return super().self_attention(q, k, v, probs, layer)
+
+    def cross_maps(self, probs, layer):
+        old, new = probs["c_s"], probs["c_t"]
+        follow = self.follow(old, new)
+        out = new.clone()
+        for n in range(77):
+            factor = 1.0
+            start, end = 0.0, self.cross
+            for word, positions in WORDS[self.target].items():
+                if n in positions:
+                    factor = self.eq.get(word, 1.0)
+                    start, end = self.words.get(word, (start, end))
+            if int(start * (self.steps + 1)) <= self.step < int(end * (self.steps + 1)):
+                out[..., n] = factor * follow[..., n]
+        probs["c_t"] = out
+        if self.blend and layer[1] == self.blend["grid"]:
+            for name, text in (("c_s", SOURCE), ("c_t", self.target)):
+                for kind in ("words", "substruct"):
+                    columns = [p for word in self.blend[kind] for p in WORDS[text].get(word, [])]
+                    seen = probs[name][..., columns].sum(-1).mean(1).unflatten(-1, layer[1])
+                    self.total.setdefault((name, kind), []).append(seen)
+        return probs
+
+    def follow(self, old, new):
+        out = new.clone()
+        if self.target == REFINED:  # "silver" is new; what follows it was one token earlier; padding stays
+            for n in range(77):
+                if n != 2:
+                    out[..., n] = old[..., {0: 0, 1: 1, 3: 2, 4: 3, 5: 4, 6: 5, 7: 6}.get(n, n)]
+        elif self.target == SWAPPED:  # two tokens share the cat's attention; what follows was one token earlier
+            for n in range(77):
+                out[..., n] = old[..., 2] / 2 if n in (2, 3) else old[..., n if n < 2 else n - 1]
+        else:
+            out = old.clone()
+        return out
+
+    def latent(self, x, source, step):
+        if not self.blend or step < int(self.steps * self.blend["start"]):
+            return x
+
+        def mask(kind, threshold):
+            out = False
+            for name in ("c_s", "c_t"):
+                m = sum(self.total[name, kind])[:, None]
+                m = F.max_pool2d(m, 3, 1, 1) if kind == "words" else m
+                m = F.interpolate(m, x.shape[-2:])
+                out = (m / m.amax((-2, -1), keepdim=True) > threshold) | out
+            return out
+
+        area = mask("words", self.blend["threshold"])
+        if self.blend["substruct"]:
+            area = area & ~mask("substruct", self.blend["threshold"])
+        self.area = area
+        return source + area.float() * (x - source)
+
+
+def both(kind, height, width, batch, apart, target, control, paper, cfg=7.5):
+    """(the pack's result, the paper's, plain guidance's) after 10 steps."""
+    model = tiny.model(kind)
+    path = joint.path(model, 10, batch, height, width)
+    words = joint.prompts(kind, SOURCE, target)
+    empty = joint.negative(kind)
+    paper.tokens = height * width
+    expected = joint.joint_edit(model, path, words.source, words.target, empty, cfg, paper)
+    plain = joint.joint_edit(model, path, words.source, words.target, empty, cfg, joint.Editor())
+    model = joint.split(model) if apart else model
+    got, _ = joint.run(model, path, words.target, empty, cfg, [control(words)])
+    return got, expected, plain
+
+
+@pytest.mark.parametrize("kind, height, width, batch, apart", SHAPES)
+def test_plain_guidance_is_the_joint_batch_without_an_editor(kind, height, width, batch, apart):
+    model = tiny.model(kind)
+    path = joint.path(model, 10, batch, height, width)
+    words, empty = joint.prompts(kind, SOURCE, REFINED), joint.negative(kind)
+    expected = joint.joint_edit(model, path, words.source, words.target, empty, 7.5, joint.Editor())
+    got, _ = joint.run(joint.split(model) if apart else model, path, words.target, empty, 7.5)
+    assert (got - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("kind, height, width, batch, apart", SHAPES)
+@pytest.mark.parametrize("target", [REFINED, SWAPPED])
+def test_words_and_places_follow_the_source(kind, height, width, batch, apart, target):
+    got, expected, plain = both(
+        kind, height, width, batch, apart, target,
+        lambda words: PromptToPrompt(words, cross=(0, 0.6), self_=(0, 0.4)), Paper(target, 10, 0.6, 0.4))
+    assert (got - expected).abs().max() < 1e-4
+    assert (got - plain).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("kind, height, width, batch, apart", SHAPES)
+def test_p2plus_replaces_self_attention_of_the_negative_too(kind, height, width, batch, apart):
+    got, expected, _ = both(
+        kind, height, width, batch, apart, REFINED,
+        lambda words: PromptToPrompt(words, cross=(0, 0.8), self_=(0, 0.4), uncond_self=(0, 0.5)),
+        Paper(REFINED, 10, 0.8, 0.4, 0.5))
+    without = both(kind, height, width, batch, apart, REFINED,
+                   lambda words: PromptToPrompt(words, cross=(0, 0.8), self_=(0, 0.4)), Paper(REFINED, 10, 0.8, 0.4))[0]
+    assert (got - expected).abs().max() < 1e-4
+    assert (got - without).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind, height, width, batch, apart", SHAPES[:2])
+def test_words_are_reweighted_and_have_windows_of_their_own(kind, height, width, batch, apart):
+    got, expected, plain = both(
+        kind, height, width, batch, apart, REFINED,
+        lambda words: PromptToPrompt(words, cross=(0, 0.8), self_=(0, 0), words=(("sofa", (0.2, 0.5)),),
+                                     equalizer=(("cat", -1.5), ("Silver", 3.0))),
+        Paper(REFINED, 10, 0.8, 0, words={"sofa": (0.2, 0.5)}, eq={"cat": -1.5, "silver": 3.0}))
+    assert (got - expected).abs().max() < 1e-4
+    assert (got - plain).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("kind, height, width, batch, apart", SHAPES)
+def test_local_blend_keeps_the_picture_where_the_words_are_not(kind, height, width, batch, apart):
+    grid = (height // 2, width // 2)
+    paper = Paper(REFINED, 10, 0.8, 0.4, blend={"grid": grid, "words": ["cat", "silver"], "substruct": ["sofa"],
+                                                "threshold": 0.9, "start": 0.2})
+    blend = LocalBlend(("cat", "silver"), ("sofa",), 0.9, 0.9, 0.2, blocks="@1/2")
+    got, expected, plain = both(
+        kind, height, width, batch, apart, REFINED,
+        lambda words: PromptToPrompt(words, cross=(0, 0.8), self_=(0, 0.4), blend=blend), paper)
+    assert 0 < paper.area.float().mean() < 1
+    assert (got - expected).abs().max() < 1e-4
+    assert (got - plain).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_longer_negative_in_the_same_call(apart):
+    """ComfyUI repeats the shorter prompt: every copy of a token has its share of the attention."""
+    model = tiny.model()
+    path, words = joint.path(model, 10), joint.prompts("sd1", SOURCE, REFINED)
+    long = joint.negative("sd1", "ugly " * 100)
+
+    class Copies(Paper):
+        def cross_maps(self, probs, layer):
+            halves = [super(Copies, self).cross_maps({n: p[..., part].clone() for n, p in probs.items()}, layer)
+                      for part in (slice(0, 77), slice(77, 154))]
+            return probs | {"c_t": torch.cat([half["c_t"] for half in halves], -1)}
+
+    paper = Copies(REFINED, 10, 0.8, 0.4)
+    paper.tokens = 256
+    twice = [[[c[0][0].repeat(1, 2, 1), {}]] for c in (words.source, words.target)]
+    expected = joint.joint_edit(model, path, *twice, long, 7.5, paper)
+    control = PromptToPrompt(words, cross=(0, 0.8), self_=(0, 0.4))
+    got, _ = joint.run(joint.split(model) if apart else model, path, words.target, long, 7.5, [control])
+    assert (got - expected).abs().max() < 1e-4
+
+
+def test_prompts_of_different_lengths():
+    """Source of one chunk, target of two: where both say the same, the pictures still follow each other."""
+    model = tiny.model()
+    path, words = joint.path(model, 4), joint.prompts("sd1", SOURCE, "a silver cat on a sofa" + " word" * 90)
+    blend = LocalBlend(("cat",), blocks="@1/2")
+    control = PromptToPrompt(words, uncond_self=(0, 0.5), blend=blend)
+    empty = joint.negative("sd1")
+    together, _ = joint.run(model, path, words.target, empty, 7.5, [control])
+    apart, _ = joint.run(joint.split(model), path, words.target, empty, 7.5, [control])
+    plain, _ = joint.run(model, path, words.target, empty, 7.5)
+    assert (together - apart).abs().max() < 1e-4
+    assert (together - plain).abs().max() > 1e-2
