@@ -9,7 +9,8 @@ import numpy as np
 EMPTY = 0.10  # share of empty captions, for classifier-free guidance
 
 
-def _article(words):
+def with_article(words):
+    """The words with "a" or "an" in front."""
     return ("an " if words[0] in "aeiou" else "a ") + words
 
 
@@ -28,22 +29,22 @@ def ground_words(scene, pattern=True):
 
 def sentence(scene, place=True):
     """The whole truth about a scene in one sentence."""
-    things = " and ".join(_article(thing_words(t)) for t in scene.things)
+    things = " and ".join(with_article(thing_words(t)) for t in scene.things)
     where = f" {scene.things[0].place}" if place and len(scene.things) == 1 else ""
     lead = "a drawing of " if scene.style == "drawing" else ""
-    return f"{lead}{things}{where} on {_article(ground_words(scene))}"
+    return f"{lead}{things}{where} on {with_article(ground_words(scene))}"
 
 
 def _partial(scene, rng):
     """A sentence with parts left out."""
     chance = rng.random(6) < (0.6, 0.75, 0.85, 0.5, 0.75, 0.3)
-    things = [_article(thing_words(t, *chance[:3])) for t in scene.things]
+    things = [with_article(thing_words(t, *chance[:3])) for t in scene.things]
     text = " and ".join(things)
     if chance[3] and len(things) == 1:
         text += f" {scene.things[0].place}"
     if chance[4]:
         joint = " on " if rng.random() < 0.8 else ", "
-        text += joint + _article(ground_words(scene, bool(chance[1])))
+        text += joint + with_article(ground_words(scene, bool(chance[1])))
     if scene.style == "drawing" and rng.random() < 0.7:
         return f"a drawing of {text}"
     return (f"a photo of {text}" if scene.style == "photo" else f"a picture of {text}") if chance[5] else text
@@ -53,10 +54,10 @@ def _fragment(scene, rng):
     """A few words, or one, that hold for the scene."""
     thing = scene.things[rng.integers(len(scene.things))]
     options = [
-        thing.kind, _article(thing.kind), thing.colour, f"{thing.colour} {thing.kind}",
-        _article(f"{thing.colour} {thing.kind}"), f"{thing.kind}, {thing.colour}", thing_words(thing),
-        _article(thing_words(thing)), f"{scene.ground} ground", _article(ground_words(scene)),
-        f"{thing.colour} {thing.kind}, {scene.ground} ground", scene.style, _article(scene.style),
+        thing.kind, with_article(thing.kind), thing.colour, f"{thing.colour} {thing.kind}",
+        with_article(f"{thing.colour} {thing.kind}"), f"{thing.kind}, {thing.colour}", thing_words(thing),
+        with_article(thing_words(thing)), f"{scene.ground} ground", with_article(ground_words(scene)),
+        f"{thing.colour} {thing.kind}, {scene.ground} ground", scene.style, with_article(scene.style),
     ]  # fmt: skip
     options += [thing.pattern, f"{thing.pattern} {thing.kind}"] if thing.pattern != "plain" else []
     options += [thing.size, f"{thing.size} {thing.kind}"] if thing.size != "medium" else []

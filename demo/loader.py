@@ -61,21 +61,30 @@ def load(path=nets.WEIGHTS):
             "Install the pack again, or train them with demo/train.py."
         )
     state = comfy.utils.load_torch_file(str(path), safe_load=True)
-    return _model(state), _clip(state), _vae(state)
+    model = _model(state)
+    model.cached_patcher_init = (load_model, (path,))
+    return model, _clip(state), _vae(state)
 
 
-def _model(state):
+def load_model(path=nets.WEIGHTS, disable_dynamic=False):
+    """MODEL alone; ComfyUI calls this where it needs a second one, without dynamic VRAM."""
+    return _model(comfy.utils.load_torch_file(str(path), safe_load=True), disable_dynamic)
+
+
+def _model(state, disable_dynamic=False):
     management = comfy.model_management
     device = management.get_torch_device()
     prefix = "model.diffusion_model."
     config = DemoConfig(nets.UNET_CONFIG)
-    config.latent_format = DemoLatent(state["latent_rgb_factors"].float())
+    factors = state.get("latent_rgb_factors")  # only previews need them
+    config.latent_format = DemoLatent(None if factors is None else factors.float())
     parameters = comfy.utils.calculate_parameters(state, prefix)
     dtype = management.unet_dtype(model_params=parameters, supported_dtypes=config.supported_inference_dtypes)
     config.set_inference_dtype(dtype, management.unet_manual_cast(dtype, device, config.supported_inference_dtypes))
     start = management.unet_inital_load_device(parameters, dtype)
     model = comfy.model_base.BaseModel(config, model_type=comfy.model_base.ModelType.V_PREDICTION, device=start)
-    patcher = comfy.model_patcher.CoreModelPatcher(model, load_device=device, offload_device=management.unet_offload_device())
+    kind = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
+    patcher = kind(model, load_device=device, offload_device=management.unet_offload_device())
     model.load_model_weights(dict(state), prefix, assign=patcher.is_dynamic())
     return patcher
 

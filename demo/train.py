@@ -8,6 +8,7 @@ Every random draw is made from (seed, step), so a resumed run sees what an unint
 """
 
 import argparse
+import functools
 import multiprocessing
 import sys
 import time
@@ -138,7 +139,11 @@ DECODER = Stage("decoder", 4, nets.SIDE, 2, 3e-4, decoder_only=True)
 
 
 def train_vae(args, pictures, stage, steps, vae=None):
-    """TAESD architecture, no normalisation layers: L1 and L2 on the picture, latents pulled to unit variance."""
+    """TAESD architecture, no normalisation layers: L1 and L2 on the picture, latents pulled to unit variance.
+
+    Args:
+        pictures: function that gives the training pictures.
+    """
     torch.manual_seed(args.seed)
     name, decoder_only, lr = stage.name, stage.decoder_only, stage.lr
     vae = vae or nets.build_vae().to(DEVICE, memory_format=torch.channels_last)
@@ -146,10 +151,12 @@ def train_vae(args, pictures, stage, steps, vae=None):
     optimizer = torch.optim.AdamW(trained.parameters(), lr, betas=(0.9, 0.99), weight_decay=1e-4)
     done, log = args.work / f"{name}.safetensors", Log(args.work, name, steps)
     first = load_state(done, {"vae": vae}, optimizer)
+    if first >= steps:
+        return vae.eval().requires_grad_(False)
     for step in range(first, steps):
         rng = np.random.default_rng([args.seed, stage.stream, step])
         torch.manual_seed(args.seed * 1_000_003 + step)
-        x = random_crops(pictures, rng, stage.side, stage.batch)
+        x = random_crops(pictures(), rng, stage.side, stage.batch)
         for group in optimizer.param_groups:
             group["lr"] = lr * cosine(step, steps)
         with amp():
@@ -168,7 +175,7 @@ def train_vae(args, pictures, stage, steps, vae=None):
         if step % 500 == 499 or step == steps - 1:
             save_state(done, {"vae": vae}, optimizer, step + 1)
     with torch.no_grad():
-        x = to_net(pictures[:8])
+        x = to_net(pictures()[:8])
         grid(torch.cat([x, vae.decoder(vae.encoder(x))]), args.work / f"{name}.png")
     return vae.eval().requires_grad_(False)
 
@@ -239,8 +246,9 @@ def train_unet(args, vae, latents, factors):
         picks = rng.integers(len(pool), size=args.batch)
         x0 = latents[picks].float()
         rows = tokens([captions.draw_caption(pool[i], rng) for i in picks]).to(DEVICE)
-        # one stratified timestep a row: the batch covers the schedule evenly
-        t = ((torch.arange(args.batch) + torch.rand(args.batch, generator=generator)) * (1000 / args.batch)).long()
+        # one stratified timestep a row, leaning to the noisy levels, where shapes and places are decided
+        u = (torch.arange(args.batch) + torch.rand(args.batch, generator=generator)) / args.batch
+        t = (1000 * u**0.7).long().clamp(max=999)
         noise = torch.randn(x0.shape, generator=generator)
         a, s = abar[t].sqrt().view(-1, 1, 1, 1), (1 - abar[t]).sqrt().view(-1, 1, 1, 1)
         for group in optimizer.param_groups:
@@ -254,7 +262,7 @@ def train_unet(args, vae, latents, factors):
         torch.nn.utils.clip_grad_norm_(params, 1.0)
         optimizer.step()
         with torch.no_grad():
-            torch._foreach_lerp_(averages, params, 1 - min(0.999, (step + 1) / (step + 10)))
+            torch._foreach_lerp_(averages, params, 1 - min(0.995, (step + 1) / (step + 10)))
         losses.append(loss.item())
         if step % 50 == 0:
             log(step, loss=float(np.mean(losses[-200:])), pictures=(step + 1) * args.batch)
@@ -278,18 +286,18 @@ def main():
     parser.add_argument("--vae-whole-steps", type=int, default=1500)
     parser.add_argument("--decoder-steps", type=int, default=1500)
     parser.add_argument("--pool", type=int, default=12_000, help="training pictures")
-    parser.add_argument("--unet-steps", type=int, default=6500)
+    parser.add_argument("--unet-steps", type=int, default=9000)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=8e-4)
+    parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--save-every", type=int, default=500)
     args = parser.parse_args()
     sys.path.insert(0, str(args.comfyui))
     args.work.mkdir(parents=True, exist_ok=True)
-    pictures = draw_pictures(6000, args.seed)
+    pictures = functools.cache(lambda: draw_pictures(6000, args.seed))
     vae = train_vae(args, pictures, CROPS, args.vae_steps)
     vae = train_vae(args, pictures, WHOLE, args.vae_whole_steps, vae)
     latents = encode_pool(args, vae)
-    factors = preview_factors(latents, pictures[: min(1000, len(latents))])
+    factors = preview_factors(latents, draw_pictures(min(1000, args.pool), args.seed))
     unet, text, tokens = train_unet(args, vae, latents, factors)
     vae = train_vae(args, pictures, DECODER, args.decoder_steps, vae)  # the latents are fixed now, the decoder may still improve
     save_file(nets.checkpoint(vae, unet, text, tokens.ids, factors), nets.WEIGHTS)

@@ -1,0 +1,145 @@
+"""A small client of ComfyUI's HTTP API. Standard library only; every error is a sentence for the user."""
+
+import json
+import mimetypes
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+import uuid
+from pathlib import Path
+
+
+class ComfyError(Exception):
+    """What went wrong at the server, in a sentence."""
+
+
+class ComfyClient:
+    """Talks to one ComfyUI server.
+
+    Args:
+        url: such as "http://127.0.0.1:8188".
+        timeout: seconds that one answer may take.
+    """
+
+    def __init__(self, url, timeout=60):
+        self.url, self.timeout = url.rstrip("/"), timeout
+        # The server is on this machine or near it: a proxy of the environment must not come between.
+        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+    def ask(self, path, data=None, content_type="application/json"):
+        """The bytes that the server answers to a GET, or to a POST of `data` (bytes)."""
+        headers = {} if data is None else {"Content-Type": content_type}
+        request = urllib.request.Request(self.url + path, data, headers)
+        try:
+            with self._opener.open(request, timeout=self.timeout) as answer:
+                return answer.read()
+        except urllib.error.HTTPError as error:
+            raise ComfyError(_refusal(path, error.code, error.read())) from None
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "reason", error)
+            raise ComfyError(
+                f"ComfyUI does not answer at {self.url} ({reason}): start it, or give the right address."
+            ) from None
+
+    def ask_json(self, path, data=None):
+        """As `ask`, with JSON both ways."""
+        return json.loads(self.ask(path, None if data is None else json.dumps(data).encode()))
+
+    def object_info(self):
+        """Every node the server has: {class: description}."""
+        return self.ask_json("/object_info")
+
+    def upload(self, path, subfolder=""):
+        """Copy a picture into the server's input folder; returns the name that a Load Image node takes."""
+        path, boundary = Path(path), uuid.uuid4().hex
+        kind = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
+        parts = [
+            f'--{boundary}\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{value}\r\n'.encode()
+            for name, value in (("overwrite", "true"), ("subfolder", subfolder))
+        ]
+        parts += [
+            f'--{boundary}\r\nContent-Disposition: form-data; name="image"; filename="{path.name}"\r\n'
+            f"Content-Type: {kind}\r\n\r\n".encode(),
+            path.read_bytes(),
+            f"\r\n--{boundary}--\r\n".encode(),
+        ]
+        found = json.loads(self.ask("/upload/image", b"".join(parts), f"multipart/form-data; boundary={boundary}"))
+        return "/".join(part for part in (found["subfolder"], found["name"]) if part)
+
+    def queue(self, prompt):
+        """Queue a workflow in the API format; returns its id."""
+        return self.ask_json("/prompt", {"prompt": prompt})["prompt_id"]
+
+    def wait(self, prompt_id, seconds=3600, progress=None):
+        """The history entry of a prompt that has succeeded.
+
+        Args:
+            seconds: how long to wait at most.
+            progress: called with the seconds waited so far, several times a second.
+
+        Raises:
+            ComfyError: the prompt failed, was interrupted, or vanished from the queue.
+        """
+        begin, missing = time.monotonic(), 0
+        while (waited := time.monotonic() - begin) < seconds:
+            entry = self.ask_json(f"/history/{prompt_id}").get(prompt_id)
+            if entry is not None:
+                return _succeeded(entry)
+            queue = self.ask_json("/queue")
+            queued = any(item[1] == prompt_id for item in queue["queue_running"] + queue["queue_pending"])
+            missing = 0 if queued else missing + 1
+            if missing > 20:  # between queue and history there is a moment in neither
+                raise ComfyError("The workflow was removed from the server's queue: run it again.")
+            if progress is not None:
+                progress(waited)
+            time.sleep(0.05 if waited < 2 else 0.25)
+        raise ComfyError(f"The workflow did not end within {seconds} seconds: look at the server's log.")
+
+    def run(self, prompt, progress=None):
+        """Queue a workflow and wait for it; its history entry."""
+        return self.wait(self.queue(prompt), progress=progress)
+
+    def fetch(self, image):
+        """The bytes of a file that a history entry names ({"filename", "subfolder", "type"})."""
+        return self.ask("/view?" + urllib.parse.urlencode(image))
+
+
+def seconds_of(entry):
+    """Seconds from the start of a prompt's execution to its end, from its history entry."""
+    times = {name: data["timestamp"] for name, data in entry["status"]["messages"] if "timestamp" in data}
+    return (times["execution_success"] - times["execution_start"]) / 1000
+
+
+def _refusal(path, code, body):
+    """A sentence from an HTTP error."""
+    try:
+        answer = json.loads(body)
+    except ValueError:
+        answer = {}
+    answer = answer if isinstance(answer, dict) else {}
+    error, nodes = answer.get("error"), answer.get("node_errors") or {}
+    for node_id, node in nodes.items():
+        for problem in node.get("errors", []):
+            return (
+                f"ComfyUI refused the workflow: node {node_id} ({node.get('class_type')}): {problem['message']}: "
+                f"{problem.get('details')}."
+            )
+    message = error.get("message") if isinstance(error, dict) else error
+    if message:
+        details = error.get("details") if isinstance(error, dict) else ""
+        return f"ComfyUI refused the request to {path}: {message}" + (f" ({details})." if details else ".")
+    return f"ComfyUI answered {path} with error {code}: look at the server's log."
+
+
+def _succeeded(entry):
+    status = entry.get("status") or {}
+    if status.get("status_str") == "success":
+        return entry
+    messages = dict(status.get("messages", []))
+    if "execution_error" in messages:
+        error = messages["execution_error"]
+        raise ComfyError(
+            f"The workflow failed at node {error['node_id']} ({error['node_type']}): {error['exception_message'].strip()}"
+        )
+    raise ComfyError("The workflow was interrupted: run it again.")

@@ -1,0 +1,120 @@
+"""The demo pictures: held-out scenes as files, and everything that is true about them.
+
+    python -m demo.pictures        # draws demo/images/*.png and demo/images/truth.json again
+
+`truth.json` holds for every file its scene (so masks and the true picture of an edit can be drawn), its caption and
+the edit that `demo/run.py` asks for. Needs numpy and Pillow.
+"""
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+
+from . import captions, scenes
+
+FOLDER = Path(__file__).parent / "images"
+# file name, scene (training seeds begin at 10,000,000), colour that the edit gives to the first thing
+PICTURES = (
+    ("red_star", 700590, "green"),
+    ("white_heart", 700928, "red"),
+    ("blue_moon", 703408, "yellow"),
+    ("orange_circle", 710647, "blue"),
+    ("yellow_cross", 702227, "purple"),
+    ("green_triangle", 700347, "orange"),
+    ("red_square", 700524, "yellow"),
+    ("yellow_circle", 701341, "red"),
+    ("striped_blue_triangle", 700898, "red"),
+    ("dotted_white_star", 705081, "blue"),
+    ("drawn_orange_square", 703541, "green"),
+    ("drawn_purple_cross", 700602, "white"),
+    ("red_heart_and_orange_moon", 700709, "yellow"),
+    ("wide_green_circle_and_red_star", 703350, "blue"),
+)
+
+
+def held_out(first, count, **fixed):
+    """`count` random scenes from seed `first` on whose combination of kind, colour and ground was never trained on.
+
+    Args:
+        fixed: for `scenes.random_scene`.
+    """
+    found, seed = [], first
+    while len(found) < count:
+        scene = scenes.random_scene(seed, **fixed)
+        seed += 1
+        if scenes.held_out(scene):
+            found.append(scene)
+    return found
+
+
+def recoloured(scene, colour, number=0):
+    """The scene with another colour of one thing."""
+    things = list(scene.things)
+    things[number] = replace(things[number], colour=colour)
+    return replace(scene, things=tuple(things))
+
+
+def other_colour(scene, rng, number=0):
+    """A colour that an edit can ask for: not the thing's, another thing's or the ground's."""
+    taken = {scene.ground, *(t.colour for t in scene.things)}
+    return str(rng.choice([c for c in scenes.COLOURS if c not in taken]))
+
+
+def truth(name, seed, colour):
+    """One entry of truth.json."""
+    wide = name.startswith("wide")
+    scene = scenes.random_scene(seed)
+    asked = recoloured(scene, colour)
+    first = asked.things[0]
+    return {
+        "file": f"{name}.png",
+        "width": 192 if wide else 128,
+        "height": 128,
+        "caption": captions.sentence(scene),
+        "scene": asdict(scene),
+        "edit": {
+            "colour": colour,
+            "target": captions.sentence(asked),
+            "phrase": captions.with_article(f"{colour} {first.kind}"),
+            "fragment": f"{colour} {first.kind}",
+        },
+    }
+
+
+def scene_of(entry):
+    """The Scene of an entry of truth.json."""
+    fields = dict(entry["scene"])
+    return scenes.Scene(**fields | {"things": tuple(scenes.Thing(**t) for t in fields["things"])})
+
+
+def draw(entry, scene=None):
+    """The picture float32 [H, W, 3] and masks [things, H, W] of an entry; or another scene in the entry's frame."""
+    side, top = max(entry["width"], entry["height"]), (entry["width"] - entry["height"]) // 2
+    picture, masks = scenes.render(scene or scene_of(entry), side)
+    rows = slice(top, top + entry["height"])
+    return picture[rows], masks[:, rows]
+
+
+def load(folder=FOLDER):
+    """All entries of truth.json."""
+    return json.loads((folder / "truth.json").read_text("utf-8"))
+
+
+def main():
+    from PIL import Image
+
+    FOLDER.mkdir(exist_ok=True)
+    entries = [truth(*row) for row in PICTURES]
+    for entry in entries:
+        if not scenes.held_out(scene_of(entry)):
+            raise SystemExit(f"{entry['file']} shows a combination that the model was trained on.")
+        picture = np.rint(draw(entry)[0] * 255).astype(np.uint8)
+        Image.fromarray(picture).save(FOLDER / entry["file"], optimize=True)
+    (FOLDER / "truth.json").write_text(json.dumps(entries, indent=1) + "\n", "utf-8")
+    print(f"{FOLDER}: {len(entries)} pictures")
+
+
+if __name__ == "__main__":
+    main()

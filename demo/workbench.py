@@ -1,0 +1,232 @@
+"""What the benchmark measures with: a model and its runs in this process, the clock, and diffusers' pipeline."""
+
+import importlib.util
+import logging
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+ROOT = Path(__file__).resolve().parent.parent
+CONCEPTS = ("star", "red")
+SOURCE, TARGET = "a blue circle on a grey ground", "a blue heart on a grey ground"
+# ComfyUI makes its user folders when it is imported: here, and not inside the ComfyUI.
+USER_DATA = tempfile.TemporaryDirectory(prefix="ledits-bench-", ignore_cleanup_errors=True)
+
+
+def prepare():
+    """ComfyUI and the pack can be imported: the pack as `comfyui_ledits`, as ComfyUI's folder has a `nodes` too."""
+    folder = Path(os.environ.get("COMFYUI_PATH", "")).resolve()
+    if not (folder / "main.py").is_file():
+        raise SystemExit(f"There is no ComfyUI in {folder}: run the benchmark with `python dev.py bench`.")
+    import torch
+
+    sys.path.insert(0, str(folder))
+    from comfy.cli_args import args
+
+    args.cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available()
+                    or (hasattr(torch, "xpu") and torch.xpu.is_available()))  # fmt: skip
+    args.base_directory = USER_DATA.name
+    import comfy.utils
+
+    comfy.utils.set_progress_bar_enabled(False)
+    logging.disable(logging.WARNING)
+    name = "comfyui_ledits"
+    spec = importlib.util.spec_from_file_location(name, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+
+def tiny_model():
+    """A two-level Stable Diffusion U-Net with random weights: so fast that every overhead shows."""
+    import comfy.model_base
+    import comfy.model_management
+    import comfy.model_patcher
+    import comfy.supported_models
+    import torch
+
+    config = comfy.supported_models.SD15({
+        "image_size": 16, "in_channels": 4, "out_channels": 4, "model_channels": 32, "channel_mult": [1, 2],
+        "num_res_blocks": [1, 1], "transformer_depth": [1, 1], "transformer_depth_middle": 1,
+        "transformer_depth_output": [1] * 4, "context_dim": 32, "num_heads": 2, "num_head_channels": -1,
+        "use_spatial_transformer": True, "use_linear_in_transformer": False, "adm_in_channels": None,
+        "use_temporal_attention": False, "legacy": False, "dtype": torch.float32,
+    })  # fmt: skip
+    model = comfy.model_base.BaseModel(config)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in model.diffusion_model.parameters():  # ComfyUI's layers come without weights
+            p.normal_().mul_(p[0].numel() ** -0.5 if p.ndim > 1 else 0.1)
+    management = comfy.model_management
+    return comfy.model_patcher.ModelPatcher(model, management.get_torch_device(), management.unet_offload_device())
+
+
+class Bench:
+    """A model, what the cases run on it, and the clock."""
+
+    def __init__(self, options):
+        import comfy.sd
+        import torch
+        from comfyui_ledits.demo import loader
+
+        self.options, self.steps, self.skip = options, options.steps, round(0.36 * options.steps)
+        self.clip = self.vae = None
+        self.conds = {}  # prompts that are encoded already
+        if options.model == "tiny":
+            self.model, side = tiny_model(), 16
+        elif options.model == "demo":
+            (self.model, self.clip, self.vae), side = loader.load(), 16
+        else:
+            self.model, self.clip, self.vae, *_ = comfy.sd.load_checkpoint_guess_config(options.model)
+            side = 64
+        self.shape = (self.model.model.latent_format.latent_channels, side, side)
+        self.cuda = torch.cuda.is_available()
+
+    def cond(self, text):
+        """CONDITIONING of a prompt; encoded once, as in a graph."""
+        import torch
+
+        if text not in self.conds:
+            self.conds[text] = (
+                self.clip.encode_from_tokens_scheduled(self.clip.tokenize(text)) if self.clip else
+                [[torch.randn(1, 77, 32, generator=torch.Generator().manual_seed(len(text))), {}]]
+            )  # fmt: skip
+        return self.conds[text]
+
+    def latent(self, pictures):
+        import torch
+
+        generator = torch.Generator().manual_seed(7)
+        picture = torch.randn(pictures, *self.shape, generator=generator)
+        return {"samples": self.model.model.latent_format.process_out(picture)}
+
+    def invert(self, pictures=1, source=SOURCE, cfg=3.5, steps_at_once=0, sigmas=None, latent=None):
+        """The NodeOutput of an inversion."""
+        from comfyui_ledits.nodes.inversion import EditFriendlyInversion
+
+        return EditFriendlyInversion.execute(
+            self.model, self.cond(source), self.cond(""), latent or self.latent(pictures), cfg, self.steps,
+            "ddim_uniform", 1.0, 0, sigmas, steps_at_once)  # fmt: skip
+
+    def concepts(self, words=CONCEPTS, warmup=2, momentum=0.3):
+        from comfyui_ledits.samplers.sega import Concept
+
+        return tuple(Concept(self.cond(word), 1, 7.0, 0.9, warmup, None, momentum, 0.6) for word in words)
+
+    def edit(self, inversion, target=TARGET, cfg=7.5, skip=None, concepts=None, solver="ddpm"):
+        """The NodeOutput of an edit."""
+        from comfyui_ledits.nodes.sampling import LeditsKSampler
+
+        return LeditsKSampler.execute(
+            self.model, self.cond(target), self.cond(""), inversion, cfg, self.skip if skip is None else skip,
+            self.concepts() if concepts is None else concepts, None, solver)  # fmt: skip
+
+    def ksampler(self, pictures=1, steps=None):
+        """ComfyUI's own KSampler with a prompt and cfg."""
+        import nodes
+
+        return nodes.common_ksampler(self.model, 0, steps or self.steps, 7.5, "euler", "ddim_uniform",
+                                     self.cond(TARGET), self.cond(""), self.latent(pictures))  # fmt: skip
+
+    def times(self, **sides):
+        """Median seconds of each function; they run in turns, after one run of each to warm up."""
+        import torch
+
+        found = {name: [] for name in sides}
+        for repetition in range(-1, self.options.repeat):
+            for name, function in sides.items():
+                start = time.perf_counter()
+                function()
+                if self.cuda:
+                    torch.cuda.synchronize()
+                if repetition >= 0:
+                    found[name].append(time.perf_counter() - start)
+        return {name: statistics.median(seconds) for name, seconds in found.items()}
+
+    def bare(self, run):
+        """A function that repeats the network's calls of `run()` and does nothing else; and the rows of those calls."""
+        calls = []
+
+        def watch(module, args, kwargs):
+            calls.append((args, kwargs))
+
+        network = self.model.model.diffusion_model
+        hook = network.register_forward_pre_hook(watch, with_kwargs=True)
+        try:
+            run()
+        finally:
+            hook.remove()
+
+        def again():
+            for args, kwargs in calls:
+                network(*args, **kwargs)
+
+        return again, sum(len(args[0]) for args, _ in calls)
+
+
+def forget_peak():
+    """Start `peak_memory` anew, where the system can: loading the weights peaks higher than using them."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    elif sys.platform == "linux":
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory():
+    """Bytes at the peak: of the GPU's tensors, or of this process."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    if platform.system() == "Windows":
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def leditspp(device):
+    """diffusers' LEDITS++ pipeline on the demo model's weights; and a function that counts a run's U-Net rows."""
+    import comfy
+    import torch
+    from comfyui_ledits.demo import nets
+    from diffusers import DPMSolverMultistepScheduler, LEditsPPPipelineStableDiffusion
+    from diffusers.utils import logging as diffusers_logging
+    from transformers import CLIPTokenizer
+
+    diffusers_logging.set_verbosity_error()
+    vae, unet, short, tokens = nets.load_diffusers()
+    state, key = short.state_dict(), next(k for k in short.state_dict() if k.endswith("token_embedding.weight"))
+    text = nets.build_text(nets.TEXT_CONFIG["vocab_size"])
+    table = state[key].mean(0).repeat(nets.TEXT_CONFIG["vocab_size"], 1)
+    table[tokens.ids] = state[key]
+    text.load_state_dict(state | {key: table})
+    encode = vae.encode
+    # The pipeline expects an autoencoder that gives a distribution.
+    vae.encode = lambda x: SimpleNamespace(latent_dist=SimpleNamespace(mode=lambda: encode(x).latents))
+    vae.register_to_config(sample_size=nets.SIDE)
+    scheduler = DPMSolverMultistepScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, prediction_type="v_prediction",
+        algorithm_type="sde-dpmsolver++", solver_order=2, steps_offset=1)  # fmt: skip
+    tokenizer = CLIPTokenizer.from_pretrained(
+        os.path.join(list(comfy.__path__)[0], "sd1_tokenizer"), model_max_length=nets.TOKENS)  # fmt: skip
+    pipe = LEditsPPPipelineStableDiffusion(vae, text.eval(), tokenizer, unet, scheduler, None, None, False).to(device)
+    pipe.set_progress_bar_config(disable=True)
+
+    def count(run):
+        rows = []
+        hook = pipe.unet.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+        with torch.no_grad():
+            run()
+        hook.remove()
+        return sum(rows)
+
+    return pipe, count
