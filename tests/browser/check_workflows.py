@@ -1,0 +1,150 @@
+"""Every example workflow in the real frontend, in both of its looks: loaded, compared with its file, and run.
+
+Not part of the plain tests, as it needs a Chromium (see chromium.py): `python dev.py test tests/browser/check_workflows.py`
+Screenshots to look at are left in .dev/browser.
+"""
+import contextlib
+import itertools
+import json
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+from urllib.parse import quote
+
+import pytest
+
+import dev
+
+sys.path.append(str(Path(__file__).parent))
+
+import chromium
+
+WORKFLOWS = sorted((dev.ROOT / "example_workflows").glob("*.json"))
+LOOKS = ("canvas", "nodes 2.0")
+SHOTS = dev.DEV / "browser"
+CHECKPOINTS = {"CheckpointLoaderSimple"}  # their files are the user's
+
+# Nodes with their title bar, as the frontend drew them: [title, type, x, y, right, bottom]
+BOXES = """app.graph.nodes.map(n => [n.title, n.type, n.pos[0], n.pos[1] - LiteGraph.NODE_TITLE_HEIGHT,
+                                     n.pos[0] + n.size[0], n.pos[1] + n.size[1]])"""
+CUT_OFF = """app.graph.nodes.filter(n => n.type === 'MarkdownNote').filter(n => {
+    const text = n.widgets[0].element.querySelector('.tiptap'); return text.scrollHeight > text.clientHeight + 1;
+}).map(n => n.title)"""
+UNKNOWN = "app.graph.nodes.filter(n => !LiteGraph.registered_node_types[n.type]).map(n => n.type)"
+
+
+@pytest.fixture(scope="session")
+def url(server_url):
+    """The server, with the pictures of the workflows in its input folder."""
+    if not chromium.program():
+        pytest.fail("These tests need a Chromium: install chromium or Chrome, or set CHROMIUM to the program.")
+    stock = Path(sys.modules["comfy"].__path__[0]).parent / "input" / "example.png"
+    for picture in (*(dev.ROOT / "demo" / "images").glob("*.png"), stock):
+        upload(server_url, picture)
+    return server_url
+
+
+@pytest.fixture(scope="session")
+def browsers():
+    """Where the browser of the present look is kept open."""
+    SHOTS.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        stack.page = None
+        yield stack
+
+
+@pytest.fixture(scope="session", params=itertools.product(LOOKS, WORKFLOWS), ids=lambda pair: f"{pair[1].stem}, {pair[0]}")
+def page(request, browsers, url):
+    """A page that shows the workflow `page.file` in the look `page.look`, loaded as the template browser does it."""
+    look, file = request.param
+    if browsers.page is None or browsers.page.look != look:
+        browsers.close()
+        settings = {"Comfy.VueNodes.Enabled": look == "nodes 2.0",
+                    "Comfy.TutorialCompleted": True}  # a first visit opens the template browser
+        post(url + "/settings", json.dumps(settings).encode())
+        # a browser of its own, as the frontend opens the tabs of the last visit
+        browsers.page = browsers.enter_context(chromium.Page())
+        browsers.page.look = look
+        browsers.page.open(url)
+    page = browsers.page
+    page.file = file
+    page.run(f"""fetch('/api/workflow_templates/{dev.PACK}/' + encodeURIComponent({json.dumps(file.name)}))
+                 .then(answer => answer.json()).then(graph => app.loadGraphData(graph, true, true, null))
+                 .then(() => new Promise(drawn => setTimeout(drawn, 1500)))""")
+    page.screenshot(SHOTS / f"{file.stem}, {look}.png")
+    return page
+
+
+@pytest.fixture
+def workflow(page):
+    """The file's contents."""
+    return json.loads(page.file.read_text("utf-8"))
+
+
+def post(url, body, kind="application/json"):
+    urllib.request.urlopen(urllib.request.Request(url, body, {"Content-Type": kind})).close()
+
+
+def upload(url, picture):
+    head = f'--part\r\nContent-Disposition: form-data; name="image"; filename="{picture.name}"\r\n\r\n'
+    post(url + "/upload/image", head.encode() + picture.read_bytes() + b"\r\n--part--\r\n",
+         "multipart/form-data; boundary=part")
+
+
+def test_the_template_browser_lists_them_with_thumbnails(url):
+    with urllib.request.urlopen(url + "/api/workflow_templates") as answer:
+        assert sorted(json.load(answer)[dev.PACK]) == [path.stem for path in WORKFLOWS]
+    for path in WORKFLOWS:
+        urllib.request.urlopen(f"{url}/api/workflow_templates/{dev.PACK}/{quote(path.stem)}.jpg").close()
+
+
+def test_nothing_is_lost_in_loading(page, workflow):
+    assert page.run(UNKNOWN) == []
+    shown = page.run("app.graph.serialize()")
+    for key in ("type", "title", "mode", "widgets_values"):
+        assert {n["id"]: n.get(key) for n in shown["nodes"]} == {n["id"]: n.get(key) for n in workflow["nodes"]}
+    ends = [{tuple(link[1:]) for link in graph["links"]} for graph in (shown, workflow)]
+    assert ends[0] == ends[1]
+    assert page.errors == []
+
+
+def test_the_layout_can_be_read(page, workflow):
+    boxes = page.run(BOXES)
+    overlaps = [(a[0], b[0]) for a, b in itertools.combinations(boxes, 2)
+                if a[2] < b[4] and b[2] < a[4] and a[3] < b[5] and b[3] < a[5]]
+    assert overlaps == []
+    assert page.look != "canvas" or page.run(CUT_OFF) == []
+    groups = [(x, y, x + w, y + h) for x, y, w, h in (group["bounding"] for group in workflow["groups"])]
+    lost = [title for title, kind, x, y, right, bottom in boxes if kind != "MarkdownNote"
+            and not any(g[0] <= x and g[1] <= y and right <= g[2] and bottom <= g[3] for g in groups)]
+    assert lost == []
+
+
+def test_it_runs_and_the_pictures_arrive(page, workflow, url):
+    prompt = page.run("app.graphToPrompt().then(made => made.output)")
+    if CHECKPOINTS & {node["type"] for node in workflow["nodes"]}:
+        problems = node_errors(url, prompt)  # all that is missing is the checkpoint
+        assert {problem["class_type"] for problem in problems.values()} <= CHECKPOINTS
+        return
+    page.run("delete app.__ended; for (const end of ['execution_success', 'execution_error'])"
+             " app.api.addEventListener(end, e => app.__ended = {end, ...e.detail}, {once: true}); app.queuePrompt(0).then(() => 0)")
+    ended = page.wait("app.__ended", 300)
+    assert ended["end"] == "execution_success", ended.get("exception_message")
+    for node in (n for n in workflow["nodes"] if n["type"] in ("SaveImage", "PreviewImage")):
+        page.wait(f"""(async () => {{
+            const [file] = app.nodeOutputs[{node["id"]}]?.images ?? [];
+            if (!file) return 0;
+            const image = new Image(); image.src = '/api/view?' + new URLSearchParams(file); await image.decode();
+            return image.naturalWidth;
+        }})()""", 20)
+    page.run("new Promise(drawn => setTimeout(drawn, 1000))")
+    page.screenshot(SHOTS / f"{page.file.stem}, {page.look}, done.png")
+
+
+def node_errors(url, prompt):
+    try:
+        post(url + "/prompt", json.dumps({"prompt": prompt}).encode())
+    except urllib.error.HTTPError as error:
+        return json.load(error)["node_errors"]
+    return {}
