@@ -53,7 +53,7 @@ class CaptureAttention(io.ComfyNode):
         guider = LeditsGuider(model, source_conditioning(attention) or negative, negative, 1.0)
         picture = inversion.latent_format.process_out(inversion.latents[-1])
         guider.sample(
-            torch.zeros_like(picture), picture, sampler, sigmas,
+            torch.zeros_like(picture), picture, sampler, sigmas, seed=0,
             callback=latent_preview.prepare_callback(model, len(sigmas) - 1),
             disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
         )  # fmt: skip

@@ -68,7 +68,7 @@ def _run(node, inverter, model, positive, negative, latent, cfg, scheduler, step
     with gradients.differentiable(model) as own:
         guider = LeditsGuider(own, positive, negative, cfg)
         x_T = guider.sample(
-            torch.zeros_like(samples), samples, inverter, sigmas,
+            torch.zeros_like(samples), samples, inverter, sigmas, seed=0,
             callback=latent_preview.prepare_callback(own, len(sigmas) - 1),
             disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
         )  # fmt: skip

@@ -105,7 +105,8 @@ class LeditsKSampler(io.ComfyNode):
         guider = LeditsGuider(model, positive, negative, cfg, concepts or ())
         picture = inversion.latent_format.process_out(inversion.latents[-1])
         samples = guider.sample(
-            torch.zeros_like(picture), picture, LeditsSampler(inversion, solver, attention, store), sigmas, denoise_mask=mask,
+            torch.zeros_like(picture), picture, LeditsSampler(inversion, solver, attention, store), sigmas,
+            denoise_mask=mask, seed=0,  # some conditionings compute with it; nothing is drawn
             callback=latent_preview.prepare_callback(model, len(sigmas) - 1),
             disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
         )  # fmt: skip
