@@ -1,19 +1,12 @@
 """Inversion nodes that learn: null-text and StyleDiffusion."""
 
-import comfy.model_management
-import comfy.sample
-import comfy.samplers
-import comfy.utils
-import latent_preview
-import torch
 from comfy_api.latest import io
 
 from ..samplers import gradients
 from ..samplers.gradient_inverters import NullTextInverter, StyleDiffusionInverter
 from ..samplers.guider import LeditsGuider
-from ..samplers.inversion import check_latent
 from . import sockets
-from .inversion import noise_levels, report
+from .inversion import latent_input, level_inputs, noise_levels, picture, report, run, sigmas_input
 
 CATEGORY = "LEDITS/inversion"
 ON_INTERRUPT = ["discard", "keep the result so far"]
@@ -24,13 +17,10 @@ def _inputs():
         io.Model.Input("model", tooltip="The model that will also make the edit. U-Nets only: SD 1.x, SD 2.x, SDXL."),
         io.Conditioning.Input("positive", tooltip="Source prompt: what the picture shows, in plain words."),
         io.Conditioning.Input("negative", tooltip="Usually the empty prompt."),
-        io.Latent.Input("latent", tooltip="The picture, from VAE Encode. Batches are inverted together."),
+        latent_input(),
         io.Float.Input("cfg", default=7.5, min=0.0, max=100.0, step=0.1, round=0.01,
                        tooltip="Guidance of the edit to come. What is learned holds for this value; edit with the same."),
-        io.Int.Input("steps", default=50, min=1, max=1000,
-                     tooltip="Steps of the whole path; the edit runs on the same ones."),
-        io.Combo.Input("scheduler", options=comfy.samplers.SCHEDULER_NAMES, default="ddim_uniform",
-                       tooltip="Spacing of the noise levels. ddim_uniform is the papers'."),
+        *level_inputs(),
     ]  # fmt: skip
 
 
@@ -44,8 +34,7 @@ def _fine_inputs():
         io.Combo.Input("on_interrupt", options=ON_INTERRUPT,
                        tooltip="What Cancel does while it learns: end the run, or give the remaining steps what was "
                        "learned last and go on with the workflow."),
-        io.Sigmas.Input("sigmas", optional=True,
-                        tooltip="Noise levels of your own, descending. Replaces steps and scheduler."),
+        sigmas_input(),
     ]  # fmt: skip
 
 
@@ -62,20 +51,14 @@ def _run(node, inverter, model, positive, negative, latent, cfg, scheduler, step
     gradients.check_prompt(positive, "positive")
     gradients.check_prompt(negative, "negative")
     sigmas = noise_levels(model, scheduler, steps, sigmas)
-    samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
-    check_latent(samples, model.model.latent_format)
+    samples = picture(model, latent)
     inverter.on_step = _loss_shown_on(node)
     with gradients.differentiable(model) as own:
         guider = LeditsGuider(own, positive, negative, cfg)
-        x_T = guider.sample(
-            torch.zeros_like(samples), samples, inverter, sigmas, seed=0,
-            callback=latent_preview.prepare_callback(own, len(sigmas) - 1),
-            disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
-        )  # fmt: skip
-    out = {"samples": x_T.to(comfy.model_management.intermediate_device())}
+        x_T = run(guider, inverter, samples, sigmas)
     costs = report(guider, len(sigmas) - 1)
     costs["ledits"][0]["loss"] = inverter.inversion.settings.get("loss")
-    return io.NodeOutput(inverter.inversion, out, ui=costs)
+    return io.NodeOutput(inverter.inversion, {"samples": x_T}, ui=costs)
 
 
 def _loss_shown_on(node):
