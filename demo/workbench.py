@@ -190,6 +190,9 @@ def peak_memory():
         return psutil.Process().memory_info().peak_wset
     import resource
 
+    if sys.platform == "linux":  # ru_maxrss is inherited from the process that started this one
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(status.split("VmHWM:")[1].split()[0])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
