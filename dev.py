@@ -41,7 +41,7 @@ COMFYUI_SOURCES = {
 }
 # Installed in one pip call with ComfyUI's requirements.txt, so that pip settles on one set that fits them all.
 PACKAGES = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0", "pytest==9.2.0", "ruff==0.17.5",
-            "diffusers==0.42.1; python_version >= '3.11'")
+            "diffusers==0.42.1; python_version >= '3.11'", "torchmetrics==1.9.0", "distributed==2026.8.0")
 # PyPI's torch for Linux brings the CUDA libraries along.
 INSTALL_GB, NEEDED_GB = (6, 9) if sys.platform == "linux" else (2, 4)
 
@@ -475,11 +475,30 @@ def script(path):
     return lambda arguments: run_inside(set_up(), path, *arguments)
 
 
+def beside_server(path):
+    """A command that runs a script of this pack beside a ComfyUI server, which is started unless one is given."""
+    def run(arguments):
+        home, log = set_up(), DEV / f"{pathlib.Path(path).stem}-server.log"
+        given = {argument.split("=")[0] for argument in arguments}
+        if given & {"--server", "--scheduler", "-h", "--help"}:
+            return run_inside(home, path, *arguments)
+        say("Starting ComfyUI ...")
+        with start_server(home, log=log) as (url, process):
+            code = run_inside(home, path, *arguments, "--server", url)
+            if process.poll() is not None:
+                raise Stop(f"ComfyUI ended meanwhile (exit code {process.returncode})" + tail(log))
+        return code
+    return run
+
+
 COMMANDS = {
     "demo": (demo, demo.__doc__),
     "test": (test, test.__doc__),
     "serve": (serve, serve.__doc__),
     "bench": (script("demo/bench.py"), "print the benchmark"),
+    "demobench": (beside_server("evaluation/demobench_run.py"), "compare the methods on the demo model's pictures"),
+    "piebench": (beside_server("evaluation/piebench_run.py"), "compare the methods on PIE-Bench; --data FOLDER"),
+    "benchworker": (beside_server("evaluation/runner_dask.py"), "take a share of a benchmark on a Dask cluster"),
 }
 
 
@@ -487,7 +506,7 @@ def main(arguments):
     if not arguments or arguments[0] not in COMMANDS:
         say("usage: python dev.py COMMAND [arguments]\n")
         for name, (_, what) in COMMANDS.items():
-            say(f"  {name:10} {what}")
+            say(f"  {name:12} {what}")
         say("\n" + __doc__.split("\n\n", 1)[1].strip())
         return 0 if arguments[:1] in (["-h"], ["--help"]) else 2
     try:

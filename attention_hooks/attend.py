@@ -98,12 +98,18 @@ def cross_attention(q, k, v, edited, edit, fetch, attention, patched=None):
     return out
 
 
+def maps(q, k, heads):
+    """Explicit attention maps `softmax(q k^T / sqrt(d))`, float32 [B, heads, queries, keys]: for losses on cross-attention."""
+    q, k = (t.float().unflatten(2, (heads, -1)).transpose(1, 2) for t in (q, k))
+    return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
+
+
 def word_maps(q, k, heads, source_columns, target_columns, edit, fetch, attention):
     """Cross-attention summed over groups of tokens, mean over heads, of source and target (the latter as edited).
 
     Args:
         q, k: the target's, [B, tokens, width].
-        source_columns, target_columns: [prompt tokens, G], G at most the width of a head.
+        source_columns, target_columns: [prompt tokens, G], each with a G of its own.
         edit: the layer's `CrossEdit` or None.
 
     Returns:
@@ -111,6 +117,10 @@ def word_maps(q, k, heads, source_columns, target_columns, edit, fetch, attentio
     """
 
     def summed(q, k, columns):
+        parts = columns.split(q.shape[-1] // heads, 1)  # as many as a head is wide go into one attention
+        return torch.cat([some(q, k, part) for part in parts], -1)
+
+    def some(q, k, columns):
         wide = torch.zeros(len(q), len(columns), heads, q.shape[-1] // heads, device=q.device, dtype=q.dtype)
         wide[..., : columns.shape[1]] = columns.to(q)[:, None]
         out = attention(q, k[:, : len(columns)], wide.flatten(2))

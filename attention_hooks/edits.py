@@ -60,6 +60,21 @@ class CrossEdit:
 
 
 @dataclass(frozen=True)
+class Guidance:
+    """One step of the target latent that draws its cross-attention maps to the source's, see `controls.pix2pix_zero`.
+
+    Attributes:
+        source: source branch whose maps they are.
+        layers: keys of the layers that are compared.
+        amount: length of the step (lambda).
+    """
+
+    source: str
+    layers: frozenset
+    amount: float
+
+
+@dataclass(frozen=True)
 class Setting:
     """What one run is made of, for `Control.bind`.
 
@@ -138,6 +153,10 @@ class Bound:
         """Source branch whose residual-branch output replaces the target's at a residual block."""
         return None
 
+    def guidance(self, step) -> Guidance | None:
+        """How the target latent is moved before the step is evaluated."""
+        return None
+
     def word_maps(self, step, layer):
         """Token columns to sum the cross-attention over: (source [M_s, G], target [M_t, G]), or None."""
         return None
@@ -145,9 +164,16 @@ class Bound:
     def see_maps(self, step, layer, grid, source, target):
         """Given the maps asked for, [B, tokens, G] each (heads averaged, the target's after its edit)."""
 
+    def forget_maps(self):
+        """The maps given so far at this step were of a latent that has moved since; those of the prediction follow."""
+
     def after_step(self, step, y, source):
         """The target latent after a step; `source` is the path's at the same level, [B, C, H, W]."""
         return y
+
+    def seen(self):
+        """What there is to look at when the run is over: fields of `seen.Seen`."""
+        return {}
 
 
 def in_window(step, steps, window):

@@ -1,5 +1,7 @@
 """The patches of one model call: objects in its `model_options`, never on the user's model."""
 
+import math
+
 import comfy.model_patcher
 import comfy.patcher_extension
 from comfy.ldm.modules.attention import optimized_attention
@@ -26,14 +28,31 @@ class AttentionPatch:
     """An `attn1_replace` or `attn2_replace` patch: `work(layer, q, k, v, extra, previous)`.
 
     Attributes:
-        previous: another pack's patch on the same layer, or None.
+        layers: {index in the block: layer} to work on; the block's other layers are left as they are.
+        previous: another pack's patch on the same block or layer, or None.
     """
 
-    def __init__(self, work, layer, previous):
-        self.work, self.layer, self.previous = work, layer, previous
+    def __init__(self, work, layers, previous):
+        self.work, self.layers, self.previous = work, layers, previous
 
     def __call__(self, q, k, v, extra):
-        return self.work(self.layer, q, k, v, extra, self.previous)
+        layer = self.layers.get(extra["block_index"])
+        if layer is None:
+            return (self.previous or attention)(q, k, v, extra)
+        return self.work(layer, q, k, v, extra, self.previous)
+
+
+def check_tokens(q, rows, extra):
+    """Refuse queries that are not the picture's places, one row for each picture and chunk.
+
+    Raises:
+        ValueError: what to do.
+    """
+    if len(q) != rows or q.shape[1] != math.prod(extra["activations_shape"][-2:]):
+        raise ValueError(
+            "A patch on the model (HyperTile or Token Merging, for instance) changes the tokens of self-attention, so "
+            "the source's cannot be put in their places. Bypass it while attention control is connected."
+        )
 
 
 class FeatureWrapper:
@@ -73,15 +92,27 @@ def install(options, self_patches, cross_patches, features=None):
     options = comfy.model_patcher.create_model_options_clone(options)
     inner = options.setdefault("transformer_options", {})
     for name, (layers, work) in (("attn1", self_patches), ("attn2", cross_patches)):
-        replaced = inner.setdefault("patches_replace", {}).setdefault(name, {})
-        for layer in layers:
-            previous = replaced.get(layer.key, replaced.get(layer.key[:2]))
-            replaced[layer.key] = AttentionPatch(work, layer, previous)
+        _replace(inner.setdefault("patches_replace", {}).setdefault(name, {}), layers, work)
     if features and features[0]:
         kind = comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL
         wrapper = FeatureWrapper(features[1], features[0])
         comfy.patcher_extension.add_wrapper_with_key(kind, "ledits", wrapper, options, is_model_options=True)
     return options
+
+
+def _replace(replaced, layers, work):
+    """Patch layers under their block's key, as most packs do.
+
+    ComfyUI looks a layer's own key up before the block's, so a patch under it would hide those that another pack puts
+    on the block for a prediction of its own (PerturbedAttentionGuidance). Only where a layer has one already, ours goes
+    there.
+    """
+    blocks = {}
+    for layer in layers:
+        key = layer.key if layer.key in replaced else layer.key[:2]
+        blocks.setdefault(key, {})[layer.index] = layer
+    for key, own in blocks.items():
+        replaced[key] = AttentionPatch(work, own, replaced.get(key))
 
 
 class CondFirst:

@@ -6,12 +6,14 @@ import comfy.samplers
 import torch
 
 from . import attend, patches
-from .edits import COND, SOURCE, UNCOND
+from .controls.pix2pix_zero import MapDistance
+from .edits import COND, SOURCE, UNCOND, CrossEdit
+from .seen import Seen
 from .source_pass import SourcePass
 
 
 class AttentionRun(SourcePass):
-    """Serves one run of a sampler: `prepare` before a step, `after_step` behind it. Nothing of it outlives the run.
+    """Serves one run of a sampler: `prepare`, `before_step`, then the step, then `after_step`. Nothing of it outlives the run.
 
     Args:
         kept: a store from Capture Attention, which replaces the source pass; else as for `SourcePass`.
@@ -23,7 +25,7 @@ class AttentionRun(SourcePass):
     def __init__(self, *args, kept=None, **kwargs):
         super().__init__(*args, store=kept, **kwargs)
         self.kept, self._step = kept, None
-        self.targets = self._target_entries()
+        self.targets, self.guided = self._target_entries(), self._guided_entries()
         if kept is not None:
             self._check(kept)
 
@@ -34,10 +36,16 @@ class AttentionRun(SourcePass):
 
     def _target_entries(self):
         """uuids of the positive's entries whose cross-attention is edited by words."""
+        given = self.guider.conds.get("positive") or []
+        positive = [c for c in given if self._everywhere(c)]
+        if given and not positive:
+            raise ValueError(
+                "The positive conditioning is limited to an area, and attention control acts on the whole picture. Use "
+                "Conditioning (Set Mask) in place of Set Area, or combine it with a prompt for the whole picture."
+            )
         prompts = next((c.prompts for c in self.controls if c.prompts is not None), None)
         if prompts is None:
             return set()
-        positive = [c for c in self.guider.conds.get("positive") or [] if "area" not in c]
         wanted = prompts.target[0][0]
 
         def same(c, other):
@@ -54,6 +62,29 @@ class AttentionRun(SourcePass):
             )
         return {c["uuid"] for c in fitting}
 
+    def _guided_entries(self):
+        """uuids of the positive's entries whose maps are compared with the source's."""
+        found = {(k, g.source) for step in range(self.steps) for k, b in enumerate(self.bound) if (g := b.guidance(step))}
+        if not found:
+            return set()
+        if len(found) > 1:
+            raise ValueError("Two pix2pix-zero controls are chained; both would guide the same latent. Keep one.")
+        tokens = self._words(found.pop()[1]).shape[1]
+        whole = [c for c in self.guider.conds.get("positive") or [] if self._everywhere(c) and "default" not in c]
+        lengths = {c["uuid"]: c["model_conds"]["c_crossattn"].cond.shape[1] for c in whole}
+        if tokens not in lengths.values():
+            has = " and ".join(map(str, sorted(set(lengths.values())))) or "none over the whole picture"
+            raise ValueError(
+                f"pix2pix-zero compares target and source token by token. The source prompt has {tokens} tokens, the "
+                f"positive of the sampler {has}: make it from the source prompt with Edit Direction."
+            )
+        return {uuid for uuid, length in lengths.items() if length == tokens}
+
+    def _everywhere(self, entry):
+        """Whether an encoded conditioning entry is for the whole picture; areas are (height, width, y, x)."""
+        area = entry.get("area")
+        return area is None or (not any(area[2:]) and area[0] >= self.size[0] and area[1] >= self.size[1])
+
     def _check(self, store):
         """Refuse a kept store that does not hold what the edit will read."""
         if store.origin is not None:
@@ -69,6 +100,16 @@ class AttentionRun(SourcePass):
                     "windows and skip, or with all_steps."
                 )
 
+    def source_steps(self):
+        """How many steps the source pass has to capture in all."""
+        return 0 if self.kept is not None else sum(bool(self.needs(step)) for step in range(self.steps))
+
+    def pending(self, i):
+        """What the source pass has still to capture before path step i, for `fill`; empty for nothing."""
+        step = i - self.start
+        captured = self.kept is not None or all(self.store.has(i, slot) for slot in self.needs(step))
+        return [] if captured else self.ahead(step)
+
     def prepare(self, i):
         """Make ready for path step i.
 
@@ -76,9 +117,33 @@ class AttentionRun(SourcePass):
             `model_options` for the model's calls at this step.
         """
         self._step = i - self.start
-        if self.kept is None and any(not self.store.has(i, slot) for slot in self.needs(self._step)):
-            self.fill(self.ahead(self._step))
+        self.fill(self.pending(i))
         return self._target_options()
+
+    def before_step(self, i, y, options, gradient):
+        """The target latent with which path step i is to be evaluated: moved where a control guides it.
+
+        Args:
+            y: [B, C, H, W].
+            options: what `prepare` gave.
+            gradient: see `samplers.latent_gradient`.
+        """
+        sigma = float(self.path.sigmas[i])
+        for guidance in filter(None, (b.guidance(self._step) for b in self.bound)):
+            entries = [c for c in self.guider.conds["positive"] if c["uuid"] in self.guided]
+
+            def source(layer, like, branch=guidance.source):
+                fetch = self._fetch("attn2", layer, like)
+                return fetch(branch, "q"), fetch(branch, "k")
+
+            distance = MapDistance(self.batch, len(entries), source)
+            layers = [x for x in self.layout.layers if x.key in guidance.layers]
+            watched = patches.install(options, ((), None), (layers, distance))
+            slope = gradient(self.guider, entries, y, sigma, watched, distance)
+            for bound in self.bound:
+                bound.forget_maps()
+            y = y - guidance.amount * (1 + sigma**2) ** 0.5 * slope
+        return y
 
     def _target_options(self):
         step, layout = self._step, self.layout
@@ -97,13 +162,16 @@ class AttentionRun(SourcePass):
             options[name] = patches.CondFirst(options.get(name), _evaluate)
         return options
 
-    def _untouched(self, rows, extra):
+    def _untouched(self, extra):
         """Entries with an area have another token grid, and no place in the source: they stay as they are."""
-        return tuple(extra["original_shape"][-2:]) != self.size or rows != self.batch * len(extra["cond_or_uncond"])
+        return tuple(extra["original_shape"][-2:]) != self.size
+
+    def _check_tokens(self, q, extra):
+        patches.check_tokens(q, self.batch * len(extra["cond_or_uncond"]), extra)
 
     def _fetch(self, site, layer, like):
         i = self.start + self._step
-        return lambda branch, name: self.store.get(i, self.slot(branch, site, layer, name), like)
+        return lambda branch, name: _usable(self.store.get(i, self.slot(branch, site, layer, name), like))
 
     def _self_attention(self, layer, q, k, v, extra, previous):
         def attention(q, k, v, chunks):
@@ -114,8 +182,9 @@ class AttentionRun(SourcePass):
             [e for b in self.bound if (e := b.self_edit(self._step, layer, UNCOND if part else COND)) is not None]
             for part in extra["cond_or_uncond"]
         ]
-        if self._untouched(len(q), extra) or not any(edits):
+        if self._untouched(extra) or not any(edits):
             return (previous or patches.attention)(q, k, v, extra)
+        self._check_tokens(q, extra)
         grid = tuple(extra["activations_shape"][-2:])
         return attend.self_attention(q, k, v, edits, grid, self._fetch("attn1", layer, q), attention)
 
@@ -126,8 +195,9 @@ class AttentionRun(SourcePass):
             for c, part in enumerate(chunks)
             if part == 0 and extra["uuids"][c] in self.targets
         ]
-        if self._untouched(len(q), extra) or not edited:
+        if self._untouched(extra) or not edited:
             return (previous or patches.attention)(q, k, v, extra)
+        self._check_tokens(q, extra)
 
         def attention(q, k, v, chunks=(0,)):
             own = extra if len(q) == self.batch * len(extra["cond_or_uncond"]) else patches.of_chunks(extra, chunks, len(q))
@@ -143,14 +213,15 @@ class AttentionRun(SourcePass):
             if groups is not None:
                 rows = edited[0][1]
                 maps = attend.word_maps(q[rows], k[rows], extra["n_heads"], *groups, edit, source, attention)
-                bound.see_maps(self._step, layer, grid, *maps)
+                bound.see_maps(self._step, layer, grid, *(m.detach() for m in maps))
         if edit is None:
             return (previous or patches.attention)(q, k, v, extra)
+        edit = CrossEdit(*(None if part is None else _usable(part) for part in (edit.matrix, edit.own)))
         patched = None if previous is None else lambda q, k, v, chunks: previous(q, k, v, extra)
         return attend.cross_attention(q, k, v, edited, edit, source, attention, patched)
 
     def _feature(self, block, h, extra):
-        if self._untouched(len(h), extra):
+        if self._untouched(extra):
             return h
         parts, out = extra["cond_or_uncond"], h
         for c, part in enumerate(parts):
@@ -169,6 +240,17 @@ class AttentionRun(SourcePass):
         if self.kept is None:
             self.store.drop(i)
         return y
+
+    def seen(self, y):
+        """What the controls have to show of the run that ended at the latent y: `Seen`, or None."""
+        parts = {name: value for bound in self.bound for name, value in bound.seen().items()}
+        scale = getattr(self.path.latent_format, "spacial_downscale_ratio", 8)
+        return Seen(self.steps, tuple(side * scale for side in self.size), y.cpu(), **parts) if parts else None
+
+
+def _usable(tensor):
+    """The tensor, or where autograd runs a copy that it may keep."""
+    return tensor.clone() if torch.is_grad_enabled() and tensor.is_inference() else tensor
 
 
 def _evaluate(args):

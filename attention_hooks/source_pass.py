@@ -136,6 +136,8 @@ class SourcePass:
                 cross = bound.cross_edit(step, layer)
                 if (cross is not None and cross.matrix is not None) or bound.word_maps(step, layer) is not None:
                     out |= {Slot(SOURCE, "attn2", layer.key, name) for name in "qk"}
+        for guidance in filter(None, (bound.guidance(step) for bound in self.bound)):
+            out |= {Slot(guidance.source, "attn2", key, name) for key in guidance.layers for name in "qk"}
         for block in self.layout.resblocks:
             sources = {bound.feature_edit(step, block, branch) for bound in self.bound for branch in self.branches}
             out |= {Slot(source, "feature", block.key, "h") for source in sources - {None}}
@@ -231,6 +233,7 @@ class SourcePass:
 
         def capture(site):
             def work(layer, q, k, v, extra, previous):
+                patches.check_tokens(q, len(extra["cond_or_uncond"]) * len(wanted) * self.batch, extra)
                 take(site, layer, {"q": q, "k": k, "v": v}, extra)
                 return previous(q, k, v, extra) if previous else patches.attention(q, k, v, extra)
 

@@ -31,7 +31,7 @@ class Origin:
         if self.path != path:
             raise ValueError(
                 "This attention store was captured from another picture, or from another inversion of it. Connect the "
-                "same inversion to Capture Attention and to the sampler."
+                "same inversion to Capture Attention and to the sampler (saved as float16 it is no longer the same)."
             )
         if self.model != model:
             raise ValueError(f"This attention store was captured with another model ({self.model}; here: {model}).")

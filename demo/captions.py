@@ -51,8 +51,11 @@ def _partial(scene, rng):
 
 
 def _fragment(scene, rng):
-    """A few words, or one, that hold for the scene."""
+    """A few words, or one, that hold for the scene; half of the time the noun phrase of a thing."""
     thing = scene.things[rng.integers(len(scene.things))]
+    if rng.random() < 0.5:
+        phrase = thing_words(thing, *(rng.random(3) < (0.4, 0.5, 0.9)))
+        return with_article(phrase) if rng.random() < 0.6 else phrase
     options = [
         thing.kind, with_article(thing.kind), thing.colour, f"{thing.colour} {thing.kind}",
         with_article(f"{thing.colour} {thing.kind}"), f"{thing.kind}, {thing.colour}", thing_words(thing),
@@ -67,13 +70,13 @@ def _fragment(scene, rng):
 
 
 def draw_caption(scene, rng):
-    """A caption in a random form: 10 % empty, 45 % whole, 25 % partial, 20 % fragments."""
+    """A caption in a random form: 10 % empty, 40 % whole, 20 % partial, 30 % fragments."""
     u = rng.random()
     if u < EMPTY:
         return ""
-    if u < EMPTY + 0.45:
+    if u < EMPTY + 0.40:
         return sentence(scene, place=bool(rng.random() < 0.6))
-    return _partial(scene, rng) if u < 0.80 else _fragment(scene, rng)
+    return _partial(scene, rng) if u < 0.70 else _fragment(scene, rng)
 
 
 def vocabulary(seeds=4000):

@@ -1,5 +1,6 @@
 """A small client of ComfyUI's HTTP API. Standard library only; every error is a sentence for the user."""
 
+import http.client
 import json
 import mimetypes
 import time
@@ -12,6 +13,10 @@ from pathlib import Path
 
 class ComfyError(Exception):
     """What went wrong at the server, in a sentence."""
+
+
+class NoAnswer(ComfyError):
+    """The server cannot be reached, or has gone."""
 
 
 class ComfyClient:
@@ -36,9 +41,9 @@ class ComfyClient:
                 return answer.read()
         except urllib.error.HTTPError as error:
             raise ComfyError(_refusal(path, error.code, error.read())) from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", error)
-            raise ComfyError(
+            raise NoAnswer(
                 f"ComfyUI does not answer at {self.url} ({reason}): start it, or give the right address."
             ) from None
 
@@ -46,26 +51,54 @@ class ComfyClient:
         """As `ask`, with JSON both ways."""
         return json.loads(self.ask(path, None if data is None else json.dumps(data).encode()))
 
+    def check(self, node="LEDITS_KSampler"):
+        """Whether the server is a ComfyUI that has a node of this pack.
+
+        Raises:
+            ComfyError: it is not, or has not.
+        """
+        try:
+            is_comfy = "comfyui_version" in self.ask_json("/system_stats")["system"]
+        except NoAnswer:
+            raise
+        except (ComfyError, ValueError, TypeError, KeyError):
+            is_comfy = False
+        if not is_comfy:
+            raise ComfyError(
+                f"The server at {self.url} is no ComfyUI: give the address that ComfyUI prints when it starts."
+            )
+        if node not in self.ask_json(f"/object_info/{node}"):
+            raise ComfyError(
+                f"The ComfyUI at {self.url} has no node {node}: put this pack into its custom_nodes and start it again."
+            )
+
     def object_info(self):
         """Every node the server has: {class: description}."""
         return self.ask_json("/object_info")
 
-    def upload(self, path, subfolder=""):
-        """Copy a picture into the server's input folder; returns the name that a Load Image node takes."""
+    def upload(self, path, subfolder="", data=None, folder="input"):
+        """Copy a picture into a folder of the server; returns the name that a Load Image node takes.
+
+        Args:
+            path: the file; only its name where `data` is given.
+            data: its bytes.
+            folder: "input", or "temp", which ComfyUI empties.
+        """
         path, boundary = Path(path), uuid.uuid4().hex
         kind = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
         parts = [
             f'--{boundary}\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{value}\r\n'.encode()
-            for name, value in (("overwrite", "true"), ("subfolder", subfolder))
+            for name, value in (("overwrite", "true"), ("subfolder", subfolder), ("type", folder))
         ]
         parts += [
             f'--{boundary}\r\nContent-Disposition: form-data; name="image"; filename="{path.name}"\r\n'
             f"Content-Type: {kind}\r\n\r\n".encode(),
-            path.read_bytes(),
+            path.read_bytes() if data is None else data,
             f"\r\n--{boundary}--\r\n".encode(),
         ]
         found = json.loads(self.ask("/upload/image", b"".join(parts), f"multipart/form-data; boundary={boundary}"))
-        return "/".join(part for part in (found["subfolder"], found["name"]) if part)
+        name = "/".join(part for part in (found["subfolder"], found["name"]) if part)
+        return name if folder == "input" else f"{name} [{folder}]"
 
     def queue(self, prompt):
         """Queue a workflow in the API format; returns its id."""
@@ -99,6 +132,13 @@ class ComfyClient:
     def run(self, prompt, progress=None):
         """Queue a workflow and wait for it; its history entry."""
         return self.wait(self.queue(prompt), progress=progress)
+
+    def cancel(self, prompt_ids):
+        """Take prompts from the queue, and stop the one that runs."""
+        self.ask("/queue", json.dumps({"delete": list(prompt_ids)}).encode())
+        running = {entry[1] for entry in self.ask_json("/queue")["queue_running"]}
+        for prompt_id in running & set(prompt_ids):
+            self.ask("/interrupt", json.dumps({"prompt_id": prompt_id}).encode())
 
     def fetch(self, image):
         """The bytes of a file that a history entry names ({"filename", "subfolder", "type"})."""

@@ -140,7 +140,6 @@ def line(name, edit, row, share=False):
 def edit_picture(client, prompts, name, entry, number, output):
     """Every edit of one picture: the cells of its line in the contact sheet, its rows of the table, and the
     reconstruction's PSNR."""
-    uploaded = client.upload(pictures.FOLDER / entry["file"])
     source = picture_of((pictures.FOLDER / entry["file"]).read_bytes())
     cells, rows, reconstruction = [(entry["caption"], source)], {}, None
 
@@ -149,7 +148,7 @@ def edit_picture(client, prompts, name, entry, number, output):
         return picture_of(data)
 
     for edit, which, changes, label in EDITS:
-        settings = {"Source picture": {"image": uploaded}, "Inversion": {"seed": number}} | changes(entry)
+        settings = {"Source picture": {"picture": name}, "Inversion": {"seed": number}} | changes(entry)
         prompt = workflow.with_inputs(prompts[which], settings)
         result = Result(client, prompt, client.run(prompt, progress=waiting(name, edit)))
         if reconstruction is None:

@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+from demo.bench_models import SD15, TINY, RandomText, random_model
+
 ROOT = Path(__file__).resolve().parent.parent
 CONCEPTS = ("star", "red")
 SOURCE, TARGET = "a blue circle on a grey ground", "a blue heart on a grey ground"
@@ -41,30 +43,6 @@ def prepare():
     spec.loader.exec_module(module)
 
 
-def tiny_model():
-    """A two-level Stable Diffusion U-Net with random weights: so fast that every overhead shows."""
-    import comfy.model_base
-    import comfy.model_management
-    import comfy.model_patcher
-    import comfy.supported_models
-    import torch
-
-    config = comfy.supported_models.SD15({
-        "image_size": 16, "in_channels": 4, "out_channels": 4, "model_channels": 32, "channel_mult": [1, 2],
-        "num_res_blocks": [1, 1], "transformer_depth": [1, 1], "transformer_depth_middle": 1,
-        "transformer_depth_output": [1] * 4, "context_dim": 32, "num_heads": 2, "num_head_channels": -1,
-        "use_spatial_transformer": True, "use_linear_in_transformer": False, "adm_in_channels": None,
-        "use_temporal_attention": False, "legacy": False, "dtype": torch.float32,
-    })  # fmt: skip
-    model = comfy.model_base.BaseModel(config)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for p in model.diffusion_model.parameters():  # ComfyUI's layers come without weights
-            p.normal_().mul_(p[0].numel() ** -0.5 if p.ndim > 1 else 0.1)
-    management = comfy.model_management
-    return comfy.model_patcher.ModelPatcher(model, management.get_torch_device(), management.unet_offload_device())
-
-
 class Bench:
     """A model, what the cases run on it, and the clock."""
 
@@ -76,8 +54,9 @@ class Bench:
         self.options, self.steps, self.skip = options, options.steps, round(0.36 * options.steps)
         self.clip = self.vae = None
         self.conds = {}  # prompts that are encoded already
-        if options.model == "tiny":
-            self.model, side = tiny_model(), 16
+        if options.model in ("tiny", "sd15"):
+            unet, side = (TINY, 16) if options.model == "tiny" else (SD15, 64)
+            self.model, self.clip = random_model(unet), RandomText(unet["context_dim"])
         elif options.model == "demo":
             (self.model, self.clip, self.vae), side = loader.load(), 16
         else:
@@ -88,13 +67,8 @@ class Bench:
 
     def cond(self, text):
         """CONDITIONING of a prompt; encoded once, as in a graph."""
-        import torch
-
         if text not in self.conds:
-            self.conds[text] = (
-                self.clip.encode_from_tokens_scheduled(self.clip.tokenize(text)) if self.clip else
-                [[torch.randn(1, 77, 32, generator=torch.Generator().manual_seed(len(text))), {}]]
-            )  # fmt: skip
+            self.conds[text] = self.clip.encode_from_tokens_scheduled(self.clip.tokenize(text))
         return self.conds[text]
 
     def latent(self, pictures):
@@ -117,13 +91,59 @@ class Bench:
 
         return tuple(Concept(self.cond(word), 1, 7.0, 0.9, warmup, None, momentum, 0.6) for word in words)
 
-    def edit(self, inversion, target=TARGET, cfg=7.5, skip=None, concepts=None, solver="ddpm"):
+    def methods(self):
+        """{name: a function that gives the NodeOutput of an inversion}, one for each method."""
+        from comfyui_ledits.nodes import ddim, gradient
+
+        most = 2 if self.options.quick else None
+        own = {"model": self.model, "positive": self.cond(SOURCE), "negative": self.cond(""), "latent": self.latent(1),
+               "steps": self.steps, "scheduler": "ddim_uniform"}  # fmt: skip
+        exact = own | {"cfg": 1.0, "tolerance": 0.0, "convention": "A"}
+        inverted = exact | {"path": {"path": "inverted"}}
+        learned = own | {"cfg": 7.5, "learning_rate": 0.01, "early_stop": 1e-5, "on_interrupt": gradient.ON_INTERRUPT[0]}
+        return {
+            "DDIM": lambda: ddim.DDIMInversion.execute(**inverted, refinements=0),
+            "refined DDIM": lambda: ddim.DDIMInversion.execute(**inverted, refinements=1),
+            "edit-friendly": lambda: self.invert(),
+            "Direct": lambda: ddim.DirectInversion.execute(**exact, refinements=0, ablation={"ablation": "none"}),
+            "negative-prompt": lambda: ddim.NegativePromptInversion.execute(**inverted, refinements=0, interpolation=0.0),
+            "null-text": lambda: gradient.NullTextInversion.execute(**learned, inner_steps=most or 10),
+            "StyleDiffusion": lambda: gradient.StyleDiffusionInversion.execute(
+                **learned, first_steps=most or 100, attention_loss=1.0, tau_v=0.5),
+        }  # fmt: skip
+
+    def noise_path(self):
+        """A path that is made without the network."""
+        from comfyui_ledits.nodes.ddim import SDEditPath
+
+        return SDEditPath.execute(self.model, self.latent(1), self.steps, "ddim_uniform", 0)[0]
+
+    def prompt_to_prompt(self, cross=0.8, layout=0.4):
+        from comfyui_ledits.attention_hooks.controls.p2p import PromptToPrompt
+        from comfyui_ledits.attention_hooks.prompts import edit_prompts
+
+        prompts = edit_prompts(self.clip, SOURCE, TARGET)
+        return PromptToPrompt(prompts, cross=(0.0, cross), self_=(0.0, layout))
+
+    def masactrl(self):
+        from comfyui_ledits.attention_hooks.controls.masactrl import MasaCtrl
+        from comfyui_ledits.attention_hooks.prompts import edit_prompts
+
+        return MasaCtrl(edit_prompts(self.clip, SOURCE, TARGET))
+
+    def capture(self, inversion, controls):
+        """The NodeOutput of Capture Attention for an edit without skip."""
+        from comfyui_ledits.nodes.capture import CaptureAttention
+
+        return CaptureAttention.execute(self.model, self.cond(""), inversion, controls, 0)
+
+    def edit(self, inversion, target=TARGET, cfg=7.5, skip=None, concepts=None, solver="ddpm", attention=None, store=None):
         """The NodeOutput of an edit."""
         from comfyui_ledits.nodes.sampling import LeditsKSampler
 
         return LeditsKSampler.execute(
             self.model, self.cond(target), self.cond(""), inversion, cfg, self.skip if skip is None else skip,
-            self.concepts() if concepts is None else concepts, None, solver)  # fmt: skip
+            self.concepts() if concepts is None else concepts, None, solver, attention, store)  # fmt: skip
 
     def ksampler(self, pictures=1, steps=None):
         """ComfyUI's own KSampler with a prompt and cfg."""
@@ -149,23 +169,40 @@ class Bench:
 
     def bare(self, run):
         """A function that repeats the network's calls of `run()` and does nothing else; and the rows of those calls."""
-        calls = []
+        calls, network = [], self.model.model.diffusion_model
 
-        def watch(module, args, kwargs):
-            calls.append((args, kwargs))
+        def watch(args, kwargs):
+            options = kwargs.get("transformer_options", {})
+            plain = {name: value for name, value in options.items() if not name.startswith("patches")}
+            calls.append((args, {**kwargs, "transformer_options": plain}))
 
-        network = self.model.model.diffusion_model
-        hook = network.register_forward_pre_hook(watch, with_kwargs=True)
-        try:
-            run()
-        finally:
-            hook.remove()
+        self._watched(watch, run)
 
         def again():
             for args, kwargs in calls:
                 network(*args, **kwargs)
 
         return again, sum(len(args[0]) for args, _ in calls)
+
+    def counted(self, run):
+        """U-Net rows forward and backward of `run()`, and its seconds."""
+        import torch
+
+        calls = []
+        start = time.perf_counter()
+        self._watched(lambda args, kwargs: calls.append((len(args[0]), torch.is_grad_enabled())), run)
+        if self.cuda:
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+        return sum(rows for rows, _ in calls), sum(rows for rows, differentiated in calls if differentiated), seconds
+
+    def _watched(self, watch, run):
+        network = self.model.model.diffusion_model
+        hook = network.register_forward_pre_hook(lambda module, args, kwargs: watch(args, kwargs), with_kwargs=True)
+        try:
+            run()
+        finally:
+            hook.remove()
 
 
 def forget_peak():

@@ -9,6 +9,8 @@ from .client import ComfyError
 NEVER, BYPASS = 2, 4  # modes of a node that does not run
 NOTES = ("Note", "MarkdownNote")
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
+DYNAMIC = "COMFY_DYNAMICCOMBO_V3"  # a combo whose choices bring widgets of their own
+BORDER, INSIDE = "-10", "*border of a subgraph*"  # the editor's id of a subgraph's input side; our name for both sides
 
 
 def read(path):
@@ -31,7 +33,8 @@ def read(path):
 def to_prompt(workflow, object_info):
     """A workflow of the editor as an API prompt {id: {"class_type", "inputs", "_meta": {"title"}}}.
 
-    Muted nodes and notes are left out, bypassed nodes and reroutes are passed through.
+    Muted nodes and notes are left out, bypassed nodes and reroutes are passed through, subgraphs are taken apart: their
+    nodes have ids such as "7:3".
 
     Args:
         workflow: UI format, version 0.4.
@@ -40,12 +43,11 @@ def to_prompt(workflow, object_info):
     Raises:
         ComfyError: a node that the server lacks, or widget values that do not fit a node's description.
     """
-    nodes = {node["id"]: node for node in workflow["nodes"]}
-    links = {link[0]: link for link in workflow["links"]}
+    nodes, links = _flat(workflow, {graph["id"]: graph for graph in _subgraphs(workflow)})
     prompt = {}
-    for node in nodes.values():
+    for key, node in nodes.items():
         kind, mode = node["type"], node.get("mode", 0)
-        if mode in (NEVER, BYPASS) or kind in (*NOTES, "Reroute"):
+        if mode in (NEVER, BYPASS) or kind in (*NOTES, "Reroute", INSIDE):
             continue
         if kind not in object_info:
             raise ComfyError(f"The server has no node '{kind}', which the workflow needs: update or install its pack.")
@@ -55,19 +57,72 @@ def to_prompt(workflow, object_info):
             if source is not None:
                 inputs[slot["name"]] = source
         title = node.get("title") or object_info[kind].get("display_name") or kind
-        prompt[str(node["id"])] = {"class_type": kind, "inputs": inputs, "_meta": {"title": title}}
+        prompt[key] = {"class_type": kind, "inputs": inputs, "_meta": {"title": title}}
     return prompt
+
+
+def _subgraphs(workflow):
+    return (workflow.get("definitions") or {}).get("subgraphs") or []
+
+
+def _flat(graph, subgraphs, prefix="", outer=()):
+    """Nodes {id: node} and links {id: (origin, slot, type)} of a graph and of the subgraphs in it, ids as text.
+
+    Where a link crosses the border of a subgraph stands a node of type INSIDE, whose "through" names for every slot the
+    link that goes on.
+    """
+    nodes, links = {prefix + BORDER: {"type": INSIDE, "through": outer}}, {}
+
+    def full(link):
+        return None if link is None else f"{prefix}{link}"
+
+    for link in graph["links"]:
+        if isinstance(link, dict):  # in subgraphs
+            link = [link[part] for part in ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")]
+        number, origin, slot, _, _, wire = link[:6]
+        links[full(number)] = full(origin), slot, wire
+    for node in graph["nodes"]:
+        key, inner = full(node["id"]), subgraphs.get(node["type"])
+        node = node | {"inputs": [slot | {"link": full(slot.get("link"))} for slot in node.get("inputs") or []]}
+        nodes[key] = node
+        if inner is None or node.get("mode", 0) in (NEVER, BYPASS):
+            continue
+        entering = {slot["name"]: slot["link"] for slot in node["inputs"]}
+        more = _flat(_with_values(inner, node), subgraphs, f"{key}:", [entering.get(i["name"]) for i in inner["inputs"]])
+        nodes |= more[0]
+        links |= more[1]
+        leaving = [f"{key}:{slot['linkIds'][0]}" if slot["linkIds"] else None for slot in inner["outputs"]]
+        nodes[key] = {"type": INSIDE, "through": leaving}
+    return nodes, links
+
+
+def _with_values(inner, node):
+    """A subgraph with the values that the node which stands for it holds of its widgets, if it holds any."""
+    shown = [slot["name"] for slot in node["inputs"] if "widget" in slot]
+    held = dict(zip(shown, node.get("widgets_values") or []))
+    inner = copy.deepcopy(inner)
+    into = {slot["name"]: slot["linkIds"] for slot in inner["inputs"]}
+    links = {link["id"]: link for link in inner["links"]}
+    nodes = {n["id"]: n for n in inner["nodes"]}
+    for name, value in held.items():
+        for link in (links[number] for number in into[name]):
+            target = nodes[link["target_id"]]
+            target.setdefault("held", {})[target["inputs"][link["target_slot"]]["name"]] = value
+    return inner
 
 
 def _source(link_id, nodes, links):
     """[node, output] that a link really comes from, or None."""
     while link_id is not None and link_id in links:
-        _, origin, slot, _, _, wire = links[link_id][:6]
+        origin, slot, wire = links[link_id]
         node = nodes[origin]
         if node.get("mode", 0) == NEVER:
             return None
+        if node["type"] == INSIDE:
+            link_id = node["through"][slot]
+            continue
         if node["type"] != "Reroute" and node.get("mode", 0) != BYPASS:
-            return [str(origin), slot]
+            return [origin, slot]
         inputs = [i for i in node.get("inputs", []) if node["type"] == "Reroute" or i.get("type") == wire]
         # the editor prefers the input at the output's own position
         same = [i for i in node.get("inputs", [])[slot : slot + 1] if i in inputs]
@@ -75,34 +130,44 @@ def _source(link_id, nodes, links):
     return None
 
 
-def _widgets(info):
-    """(name, options) of a node's widgets in the editor's order; the name is None for a value that only it stores."""
-    inputs, order = info["input"], info.get("input_order") or {}
+def _widgets(described, values, prefix=""):
+    """(name, value) of a node's widgets in the editor's order, taken from the iterator `values` and then from defaults.
+
+    What a choice of a dynamic combo adds follows it, with names such as "path.edit_cfg".
+    """
+    inputs, order = described["input"], described.get("input_order") or {}
     for group in ("required", "optional"):
         for name in order.get(group) or inputs.get(group) or {}:
             kind, options = (*inputs[group][name], {})[:2]
-            if options.get("forceInput") or not (isinstance(kind, list) or kind in WIDGETS):
+            if options.get("forceInput") or not (isinstance(kind, list) or kind in (*WIDGETS, DYNAMIC)):
                 continue
-            yield name, options
+            choices = options.get("options") if kind == DYNAMIC else None
+            value = next(values, choices[0]["key"] if choices else options.get("default"))
+            if value is not None:
+                yield prefix + name, value
+            for choice in choices or ():
+                if choice["key"] == value:
+                    yield from _widgets({"input": choice["inputs"]}, values, f"{prefix}{name}.")
             # "fixed", "randomize", ...: the editor adds it to every seed
             if options.get("control_after_generate") or (kind == "INT" and name in ("seed", "noise_seed")):
-                yield None, {}
+                next(values, None)
             if options.get("image_upload"):  # the upload button
-                yield None, {}
+                next(values, None)
 
 
 def _widget_values(node, info):
-    values, widgets = node.get("widgets_values") or [], list(_widgets(info))
-    if isinstance(values, list):
-        if len(values) > len(widgets):
-            raise ComfyError(
-                f"Node {node['id']} ({node['type']}) of the workflow has {len(values)} values for {len(widgets)} "
-                "widgets: it was saved with another version of the node; save it again."
-            )
-        values = {name: value for (name, _), value in zip(widgets, values)}
-    # widgets that a node gained since the file was saved
-    defaults = {name: options["default"] for name, options in widgets if "default" in options}
-    return {name: value for name, value in (defaults | values).items() if name is not None}
+    values = node.get("widgets_values") or []
+    if isinstance(values, dict):
+        return dict(_widgets(info, iter(()))) | values
+    rest = iter(values)
+    found = dict(_widgets(info, rest))
+    left = len(list(rest))
+    if left:
+        raise ComfyError(
+            f"Node {node['id']} ({node['type']}) of the workflow has {len(values)} values for {len(values) - left} "
+            "widgets: it was saved with another version of the node; save it again."
+        )
+    return found | node.get("held", {})
 
 
 def find(prompt, class_type=None, title=None):

@@ -12,43 +12,43 @@ from . import sockets
 from .prompts import CATEGORY
 
 
-def _prompts(optional=False, more=""):
+def prompts_input(optional=False, more=""):
     return sockets.Prompts.Input("prompts", optional=optional, tooltip="Source and target, from Edit Prompts." + more)
 
 
-def _chain():
+def chain_input():
     return sockets.Attention.Input("attention", optional=True, tooltip="Controls before this one.")
 
 
-def _source():
+def source_input():
     return io.Conditioning.Input("source", optional=True,
                                  tooltip="What the picture shows, as encoded for the inversion. Without it, and without "
                                  "prompts, the edit's negative.")  # fmt: skip
 
 
-def _fraction(name, default, tooltip, advanced=False):
+def fraction_input(name, default, tooltip, advanced=False):
     return io.Float.Input(name, default=default, min=0.0, max=1.0, step=0.01, tooltip=tooltip,
                           **({"optional": True, "advanced": True} if advanced else {}))  # fmt: skip
 
 
-def _blocks(name, default, what):
+def blocks_input(name, default, what):
     return io.String.Input(name, default=default, optional=True, advanced=True,
                            tooltip=f"{what} {preset_help(default) if default != 'all' else ''} {HELP}")  # fmt: skip
 
 
-def _output():
+def attention_output():
     return [sockets.Attention.Output(display_name="attention", tooltip="For a LEDITS sampler, or the next control.")]
 
 
 def _p2p_inputs(cross, own, uncond=None):
     return [
-        _prompts(),
-        _fraction("cross_replace_steps", cross, "Share of the steps, from the first, in which words keep the place of "
+        prompts_input(),
+        fraction_input("cross_replace_steps", cross, "Share of the steps, from the first, in which words keep the place of "
                   "the source's. More keeps more. The paper uses 0.8, Direct Inversion's benchmark 0.4."),
-        _fraction("self_replace_steps", own, "Share of the steps, from the first, in which the layout (self-attention) is "
+        fraction_input("self_replace_steps", own, "Share of the steps, from the first, in which the layout (self-attention) is "
                   "the source's. More keeps more. The paper uses 0.4, Direct Inversion's benchmark 0.6."),
         *([] if uncond is None else [
-            _fraction("uncond_self_replace_steps", uncond, "The same for the negative's branch (tau_u). 0 is plain "
+            fraction_input("uncond_self_replace_steps", uncond, "The same for the negative's branch (tau_u). 0 is plain "
                       "Prompt-to-Prompt; the authors favour 0.5.")
         ]),
         io.String.Input("equalizer", multiline=True, default="", optional=True,
@@ -59,17 +59,17 @@ def _p2p_inputs(cross, own, uncond=None):
                         "rest of the picture stays. Empty for no blend."),
         io.String.Input("substruct_words", default="", optional=True, advanced=True,
                         tooltip="Local blend: words whose place may not change."),
-        _fraction("threshold", 0.3, "Local blend: share of a word's maximum above which a place belongs to it.", True),
-        _fraction("start_blend", 0.2, "Local blend: share of the steps before it starts.", True),
+        fraction_input("threshold", 0.3, "Local blend: share of a word's maximum above which a place belongs to it.", True),
+        fraction_input("start_blend", 0.2, "Local blend: share of the steps before it starts.", True),
         io.String.Input("word_steps", multiline=True, default="", optional=True, advanced=True,
                         tooltip="Words of the target with a window of their own instead of cross_replace_steps, such as "
                         "'dog: 0.2, sofa: 0.1-0.6'."),
-        _fraction("cross_replace_start", 0.0, "Share of the steps before cross_replace_steps begins.", True),
-        _fraction("self_replace_start", 0.0, "Share of the steps before self_replace_steps begins.", True),
-        _blocks("self_blocks", "p2p", "Where self-attention is replaced:"),
-        _blocks("cross_blocks", "all", "Where cross-attention is edited."),
-        _blocks("blend_blocks", "words", "Which layers' maps make the local blend's mask:"),
-        _chain(),
+        fraction_input("cross_replace_start", 0.0, "Share of the steps before cross_replace_steps begins.", True),
+        fraction_input("self_replace_start", 0.0, "Share of the steps before self_replace_steps begins.", True),
+        blocks_input("self_blocks", "p2p", "Where self-attention is replaced:"),
+        blocks_input("cross_blocks", "all", "Where cross-attention is edited."),
+        blocks_input("blend_blocks", "words", "Which layers' maps make the local blend's mask:"),
+        chain_input(),
     ]  # fmt: skip
 
 
@@ -101,7 +101,7 @@ class PromptToPromptNode(io.ComfyNode):
             "local blend (arXiv 2208.01626).",
             search_aliases=["p2p", "word swap", "attention replace", "attention refine", "attention reweight"],
             inputs=_p2p_inputs(0.8, 0.4),
-            outputs=_output(),
+            outputs=attention_output(),
         )
 
     @classmethod
@@ -120,7 +120,7 @@ class P2PlusNode(io.ComfyNode):
             "larger changes of structure.",
             search_aliases=["p2p plus", "stylediffusion", "prompt to prompt"],
             inputs=_p2p_inputs(0.8, 0.4, 0.5),
-            outputs=_output(),
+            outputs=attention_output(),
         )
 
     @classmethod
@@ -139,13 +139,13 @@ class MasaCtrlNode(io.ComfyNode):
             "(arXiv 2304.08465).",
             search_aliases=["mutual self-attention", "pose change", "consistent editing"],
             inputs=[
-                _fraction("start_step", 0.08, "Share of the steps before it starts: 0.08 is the paper's 4 of 50. Later "
+                fraction_input("start_step", 0.08, "Share of the steps before it starts: 0.08 is the paper's 4 of 50. Later "
                           "gives the target prompt more say over the layout."),
-                _blocks("start_layer", "masactrl", "Where it acts:"),
+                blocks_input("start_layer", "masactrl", "Where it acts:"),
                 io.Boolean.Input("target_keys", default=False, optional=True, advanced=True,
                                  tooltip="Look up the target's own keys and values too: freer, less like the source."),
-                _prompts(True, " Needed for source_words and target_words."),
-                _source(),
+                prompts_input(True, " Needed for source_words and target_words."),
+                source_input(),
                 io.Mask.Input("source_mask", optional=True, tooltip="The object in the source picture."),
                 io.Mask.Input("target_mask", optional=True, tooltip="Where the object shall be."),
                 io.String.Input("source_words", default="", optional=True,
@@ -153,13 +153,13 @@ class MasaCtrlNode(io.ComfyNode):
                                 "object and ground are not mixed up. Empty for no masks."),
                 io.String.Input("target_words", default="", optional=True,
                                 tooltip="The same of the target prompt."),
-                _fraction("threshold", 0.1, "Of the words' attention (stretched to 0..1) above which a place belongs to "
+                fraction_input("threshold", 0.1, "Of the words' attention (stretched to 0..1) above which a place belongs to "
                           "the object.", True),
-                _fraction("end_step", 1.0, "Share of the steps after which it stops.", True),
-                _blocks("word_blocks", "words", "Which layers' maps make the masks:"),
-                _chain(),
+                fraction_input("end_step", 1.0, "Share of the steps after which it stops.", True),
+                blocks_input("word_blocks", "words", "Which layers' maps make the masks:"),
+                chain_input(),
             ],
-            outputs=_output(),
+            outputs=attention_output(),
         )  # fmt: skip
 
     @classmethod
@@ -185,16 +185,16 @@ class PlugAndPlayNode(io.ComfyNode):
             "scenery (arXiv 2211.12572).",
             search_aliases=["pnp", "plug and play features", "style", "image to image translation"],
             inputs=[
-                _fraction("pnp_f_t", 0.8, "Share of the steps, from the first, with the source's features. More keeps "
+                fraction_input("pnp_f_t", 0.8, "Share of the steps, from the first, with the source's features. More keeps "
                           "more of the layout."),
-                _fraction("pnp_attn_t", 0.5, "Share of the steps, from the first, with the source's self-attention."),
-                _prompts(True),
-                _source(),
-                _blocks("feature_blocks", "pnp_features", "Where features are injected (residual blocks):"),
-                _blocks("attention_blocks", "pnp", "Where self-attention is injected:"),
-                _chain(),
+                fraction_input("pnp_attn_t", 0.5, "Share of the steps, from the first, with the source's self-attention."),
+                prompts_input(True),
+                source_input(),
+                blocks_input("feature_blocks", "pnp_features", "Where features are injected (residual blocks):"),
+                blocks_input("attention_blocks", "pnp", "Where self-attention is injected:"),
+                chain_input(),
             ],
-            outputs=_output(),
+            outputs=attention_output(),
         )  # fmt: skip
 
     @classmethod

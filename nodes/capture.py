@@ -1,7 +1,5 @@
 """Capture Attention: the source's attention, to keep for many edits."""
 
-import comfy.utils
-import latent_preview
 import torch
 from comfy_api.latest import io
 
@@ -10,7 +8,7 @@ from ..attention_hooks.source_pass import source_conditioning
 from ..samplers import models
 from ..samplers.capture import CaptureSampler
 from ..samplers.guider import LeditsGuider
-from . import sockets
+from . import feedback, sockets
 from .prompts import CATEGORY
 from .sampling import sigmas_after
 
@@ -52,13 +50,9 @@ class CaptureAttention(io.ComfyNode):
         sampler = CaptureSampler(inversion, attention, DTYPES[precision], all_steps)
         guider = LeditsGuider(model, source_conditioning(attention) or negative, negative, 1.0)
         picture = inversion.latent_format.process_out(inversion.latents[-1])
-        guider.sample(
-            torch.zeros_like(picture), picture, sampler, sigmas, seed=0,
-            callback=latent_preview.prepare_callback(model, len(sigmas) - 1),
-            disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
-        )  # fmt: skip
-        cost = {"steps": len(sigmas) - 1, "unet_rows": guider.rows, "store_bytes": sampler.store.nbytes}
-        return io.NodeOutput(sampler.store, ui={"ledits": [cost]})
+        feedback.sample(guider, sampler, picture, sigmas)
+        cost = feedback.report(guider, len(sigmas) - 1, store_bytes=sampler.store.nbytes)
+        return io.NodeOutput(sampler.store, ui=cost)
 
 
 NODES = [CaptureAttention]

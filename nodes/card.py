@@ -86,6 +86,42 @@ class Card:
                 self._words((x + side / 2, self._y + height + 6), captions[k], 19, SOFT, "ma")
         self._y = round(self._y + height + (38 if captions else 0) + 18)
 
+    def lines(self, lines):
+        """Softer lines of text."""
+        for words in lines:
+            self._words((MARGIN, self._y), _fitted(words, 21, INNER), 21, SOFT)
+            self._y += 32
+        self._y += GAP
+
+    def table(self, heads, rows, largest=300):
+        """Pictures in rows and columns.
+
+        Args:
+            heads: words over the columns.
+            rows: (words, softer words below them, cells); a cell is a picture, words in its place, or None.
+            largest: side of a picture at most.
+        """
+        left = 190
+        side = min((INNER - left - GAP * (len(heads) - 1)) / len(heads), largest)
+        xs = [round(MARGIN + left + k * (side + GAP)) for k in range(len(heads))]
+        for x, words in zip(xs, heads):
+            self._words((x + side / 2, self._y), words, 20, SOFT, "ma")
+        self._y += 34
+        shape = next(c for _, _, cells in rows for c in cells if isinstance(c, Image.Image))
+        height = round(min(shape.height / shape.width, 2.0) * side)
+        for words, below, cells in rows:
+            self._words((MARGIN, self._y + 4), _fitted(words, 24, left - 12), 24, TEXT)
+            self._words((MARGIN, self._y + 38), _fitted(below, 18, left - 12), 18, SOFT)
+            for x, cell in zip(xs, cells):
+                size = round(side), height
+                if isinstance(cell, Image.Image):
+                    kind = Image.Resampling.NEAREST if cell.mode == "1" else Image.Resampling.BICUBIC
+                    self._image.paste(cell.resize(size, kind).convert("RGB"), (x, self._y), _rounded(size, 6))
+                elif cell is not None:
+                    self._panel(x, side, height)
+                    self._words((x + side / 2, self._y + height / 2), _fitted(cell, 17, side - 8), 17, SOFT, "mm")
+            self._y += max(height, 62) + GAP
+
     def charts(self, charts):
         """Charts side by side."""
         width, height = (INNER - GAP * (len(charts) - 1)) / len(charts), 268

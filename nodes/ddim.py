@@ -27,6 +27,7 @@ from .inversion import (
     sigmas_input,
     source_inputs,
 )
+from .pix2pix_zero import regularisation, regularisation_input
 
 
 def _cfg():
@@ -66,7 +67,7 @@ def _path():
 class _Found:
     """A DDIM path while a node makes it; `then` runs a further SAMPLER over it."""
 
-    def __init__(self, model, prompts, latent, cfg, levels, precision, method, **settings):
+    def __init__(self, model, prompts, latent, cfg, levels, precision, method, regularise=None, **settings):
         models.family(model)
         steps, scheduler, sigmas = levels
         refinements, tolerance, convention = precision
@@ -80,7 +81,7 @@ class _Found:
         self.rows, self.inversion = 0, None
         settings = {"cfg": cfg, "scheduler": scheduler, "convention": convention, "refinements": refinements,
                     "tolerance": tolerance, **settings}  # fmt: skip
-        self.then(DDIMInverter(convention, refinements, tolerance, method, settings), cfg)
+        self.then(DDIMInverter(convention, refinements, tolerance, method, settings, regularise), cfg)
 
     def then(self, sampler, cfg):
         guider = LeditsGuider(self.model, *self.prompts, cfg)
@@ -107,15 +108,16 @@ class DDIMInversion(io.ComfyNode):
             description="Turns a picture into the path that DDIM sampling would have taken to it (arXiv 2010.02502), "
             "without noise maps: the baseline of editing papers.",
             search_aliases=["unsampler", "invert image", "ddim inverse", "fixed point inversion", "renoise"],
-            inputs=[*source_inputs(), _cfg(), *level_inputs(), *_precision(1), _path(), sigmas_input()],
+            inputs=[*source_inputs(), _cfg(), *level_inputs(), *_precision(1), _path(), sigmas_input(), regularisation_input()],
             outputs=outputs(),
         )
 
     @classmethod
     def execute(cls, model, positive, negative, latent, cfg, steps, scheduler, refinements, tolerance, convention, path,
-                sigmas=None):  # fmt: skip
+                sigmas=None, noise_regularisation=None):  # fmt: skip
+        regularise, chosen = regularisation(noise_regularisation)
         found = _Found(model, (positive, negative), latent, cfg, (steps, scheduler, sigmas),
-                       (refinements, tolerance, convention), "DDIM")  # fmt: skip
+                       (refinements, tolerance, convention), "DDIM", regularise, **chosen)  # fmt: skip
         found.simulate(path)
         return found.output()
 

@@ -1,8 +1,14 @@
-"""The pack's own small model, to try everything without a download."""
+"""The pack's own small model and pictures, to try everything without a download."""
 
-from comfy_api.latest import io
+import comfy.model_management
+import numpy as np
+import torch
+from comfy_api.latest import io, ui
+from PIL import Image
 
-from ..demo import loader
+from ..demo import loader, pictures
+
+CATEGORY = "LEDITS/demo"
 
 
 class LoadDemoModel(io.ComfyNode):
@@ -11,7 +17,7 @@ class LoadDemoModel(io.ComfyNode):
         return io.Schema(
             node_id="LEDITS_LoadDemoModel",
             display_name="Load Demo Model",
-            category="LEDITS/demo",
+            category=CATEGORY,
             description="A small text-to-image model of drawn shapes (128 x 128), shipped with this pack, to try and "
             "test editing in seconds. Swap in a Load Checkpoint node to edit your own pictures.",
             inputs=[],
@@ -27,4 +33,37 @@ class LoadDemoModel(io.ComfyNode):
         return io.NodeOutput(*loader.load())
 
 
-NODES = [LoadDemoModel]
+ENTRIES = {entry["file"].removesuffix(".png"): entry for entry in pictures.load()}
+
+
+class LoadDemoPicture(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="LEDITS_LoadDemoPicture",
+            display_name="Load Demo Picture",
+            category=CATEGORY,
+            description="A picture that the demo model understands, shipped with this pack, with its caption and the "
+            "mask of what it shows.",
+            search_aliases=["example picture", "test image"],
+            inputs=[
+                io.Combo.Input("picture", options=list(ENTRIES),
+                               tooltip="128 x 128 pixels; those whose names begin with 'wide' 192 x 128."),
+            ],
+            outputs=[
+                io.Image.Output(display_name="image", tooltip="The picture, for VAE Encode."),
+                io.Mask.Output(display_name="mask", tooltip="Where the thing is that the caption names first."),
+                io.String.Output(display_name="caption", tooltip="What the picture shows: a source prompt."),
+            ],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, picture):
+        entry, device = ENTRIES[picture], comfy.model_management.intermediate_device()
+        with Image.open(pictures.FOLDER / entry["file"]) as file:
+            image = torch.from_numpy(np.asarray(file.convert("RGB"), np.float32) / 255)[None].to(device)
+        mask = torch.from_numpy(pictures.draw(entry)[1][:1]).float().to(device)
+        return io.NodeOutput(image, mask, entry["caption"], ui=ui.PreviewImage(image, cls=cls))
+
+
+NODES = [LoadDemoModel, LoadDemoPicture]

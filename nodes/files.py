@@ -57,14 +57,14 @@ def path_of(file):
     return os.path.realpath(path)
 
 
-def found():
-    """Names of all inversions in the output and input folders, newest first."""
+def found(file_kind):
+    """Names of all files of a `FileKind` in the output and input folders, newest first."""
     files = []
     for kind in ("output", "input"):
         folder = folder_paths.get_directory_by_type(kind)
         for path in _walk(folder, DEPTH):
             name = os.path.relpath(path, folder).replace(os.sep, "/")
-            if inside(folder, path) and (name.endswith(inversion_file.SUFFIX) or inversion_file.looks_like_one(path)):
+            if inside(folder, path) and file_kind.matches(path):
                 files.append((os.stat(path).st_mtime_ns, name if kind == "input" else f"{name} [{kind}]"))
     return [name for _, name in sorted(files, reverse=True)]
 
@@ -93,6 +93,25 @@ def with_date(prefix, now=None):
     )
 
 
+def new_file(prefix, suffix, width=0, height=0):
+    """A file to write in the output folder: (path, name, subfolder).
+
+    Args:
+        prefix: a `filename_prefix` as people write it; a number is added.
+        width, height: for %width% and %height%.
+
+    Raises:
+        ValueError: it leads out of the folder.
+        OSError: the subfolder cannot be made.
+    """
+    prefix, output = relative(with_date(prefix), "The prefix"), folder_paths.get_output_directory()
+    if not inside(output, os.path.join(output, os.path.dirname(prefix))):
+        raise ValueError(f"The prefix '{prefix}' follows a link out of ComfyUI's output folder: choose another.")
+    folder, name, count, subfolder, _ = folder_paths.get_save_image_path(prefix, output, width, height)
+    name = f"{name}_{count:05}_{suffix}"
+    return os.path.join(folder, name), name, subfolder
+
+
 def show(node, text):
     """Shows a text on the node, where there is a server and a node to show it on."""
     from server import PromptServer  # the web server, which tests of a node alone do not have
@@ -100,6 +119,23 @@ def show(node, text):
     server, shown = getattr(PromptServer, "instance", None), getattr(node.hidden, "unique_id", None)
     if server is not None and shown is not None:
         server.send_progress_text(text, shown)
+
+
+class FileLoader:
+    """What nodes with a file picker have in common; `check_file(path)` refuses a file from its header alone."""
+
+    @classmethod
+    def validate_inputs(cls, file):
+        try:
+            cls.check_file(path_of(file))
+        except ValueError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, file):
+        status = os.stat(path_of(file))
+        return f"{status.st_mtime_ns} {status.st_size} {status.st_ino}"
 
 
 def size_of(path):
@@ -140,17 +176,12 @@ class SaveInversion(io.ComfyNode):
         if source_prompt.strip():
             inversion = replace(inversion, settings=inversion.settings | {"source_prompt": source_prompt})
         description = latent_formats.describe(inversion.latent_format)
-        prefix, output = relative(with_date(filename_prefix), "The prefix"), folder_paths.get_output_directory()
-        if not inside(output, os.path.join(output, os.path.dirname(prefix))):
-            raise ValueError(f"The prefix '{prefix}' follows a link out of ComfyUI's output folder: choose another.")
         height, width = inversion.latents.shape[-2:]
         try:
-            folder, name, count, subfolder, _ = folder_paths.get_save_image_path(prefix, output, width, height)
-            name = f"{name}_{count:05}_{inversion_file.SUFFIX}"
-            path = os.path.join(folder, name)
+            path, name, subfolder = new_file(filename_prefix, inversion_file.KIND.suffix, width, height)
             cost = inversion_file.save(path, inversion, description, half=dtype == "float16")
         except OSError as error:
-            raise ValueError(f"The inversion could not be written to '{prefix}' ({error.strerror}).") from None
+            raise ValueError(f"The inversion could not be written to '{filename_prefix}' ({error.strerror}).") from None
         text = f"{'/'.join(p for p in (subfolder, name) if p)}\n{size_of(path)}, {dtype}{_cost(cost)}"
         show(cls, text)
         saved = ui.SavedResult(name, subfolder, io.FolderType.output)
@@ -164,7 +195,7 @@ def _cost(cost):
     return "\nerror of float16 (of its level's size):\n" + "\n".join(lines) if lines else ""
 
 
-class LoadInversion(io.ComfyNode):
+class LoadInversion(FileLoader, io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
@@ -175,7 +206,7 @@ class LoadInversion(io.ComfyNode):
             search_aliases=["import inversion", "open inversion"],
             hidden=[io.Hidden.unique_id],
             inputs=[
-                io.Combo.Input("file", options=found(),
+                io.Combo.Input("file", options=found(inversion_file.KIND),
                                tooltip="Inversions in the output and input folders, newest first. Press R to refresh."),
             ],
             outputs=[
@@ -187,17 +218,8 @@ class LoadInversion(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def validate_inputs(cls, file):
-        try:
-            inversion_file.check(path_of(file), latent_formats.make)
-        except ValueError as error:
-            return str(error)
-        return True
-
-    @classmethod
-    def fingerprint_inputs(cls, file):
-        status = os.stat(path_of(file))
-        return f"{status.st_mtime_ns} {status.st_size} {status.st_ino}"
+    def check_file(cls, path):
+        inversion_file.check(path, latent_formats.make)
 
     @classmethod
     def execute(cls, file):

@@ -45,34 +45,18 @@ def _outputs():
     ]
 
 
-def _run(node, inverter, model, positive, negative, latent, cfg, scheduler, steps, sigmas):
+def _run(inverter, model, positive, negative, latent, cfg, scheduler, steps, sigmas):
     """Invert with a `gradient_inverters` SAMPLER."""
     gradients.check(model)
     gradients.check_prompt(positive, "positive")
     gradients.check_prompt(negative, "negative")
     sigmas = noise_levels(model, scheduler, steps, sigmas)
     samples = picture(model, latent)
-    inverter.on_step = _loss_shown_on(node)
     with gradients.differentiable(model) as own:
         guider = LeditsGuider(own, positive, negative, cfg)
         x_T = run(guider, inverter, samples, sigmas)
-    costs = report(guider, len(sigmas) - 1)
-    costs["ledits"][0]["loss"] = inverter.inversion.settings.get("loss")
+    costs = report(guider, len(sigmas) - 1, loss=inverter.inversion.settings.get("loss"))
     return io.NodeOutput(inverter.inversion, {"samples": x_T}, ui=costs)
-
-
-def _loss_shown_on(node):
-    """Shows the loss on the node while it learns, where there is a server and a node to show it on."""
-    from server import PromptServer  # the web server, which tests of a node alone do not have
-
-    server, shown = getattr(PromptServer, "instance", None), getattr(node.hidden, "unique_id", None)
-    if server is None or shown is None:
-        return None
-
-    def show(i, steps, loss):
-        server.send_progress_text(f"step {i} of {steps}, loss {loss:.2e}", shown)
-
-    return show
 
 
 class NullTextInversion(io.ComfyNode):
@@ -85,7 +69,6 @@ class NullTextInversion(io.ComfyNode):
             description="Inverts a picture by DDIM and learns, for every step, the negative embedding with which "
             "guidance gives the picture back (arXiv 2211.09794). Takes minutes where Direct Inversion takes seconds.",
             search_aliases=["nti", "null text optimization", "invert image"],
-            hidden=[io.Hidden.unique_id],
             inputs=[
                 *_inputs(),
                 io.Int.Input("inner_steps", default=10, min=0, max=500,
@@ -104,7 +87,7 @@ class NullTextInversion(io.ComfyNode):
         inverter = NullTextInverter(
             inner_steps, learning_rate, early_stop, keep=on_interrupt == ON_INTERRUPT[1], settings=settings
         )
-        return _run(cls, inverter, model, positive, negative, latent, cfg, scheduler, steps, sigmas)
+        return _run(inverter, model, positive, negative, latent, cfg, scheduler, steps, sigmas)
 
 
 class StyleDiffusionInversion(io.ComfyNode):
@@ -117,7 +100,6 @@ class StyleDiffusionInversion(io.ComfyNode):
             description="Inverts a picture by DDIM and learns, for every step, what the values of cross-attention see "
             "in place of the prompt, so that guidance gives the picture back; keys keep the prompt (arXiv 2303.15649).",
             search_aliases=["style diffusion", "value embedding", "invert image"],
-            hidden=[io.Hidden.unique_id],
             inputs=[
                 *_inputs(),
                 io.Int.Input("first_steps", default=100, min=0, max=1000,
@@ -149,7 +131,7 @@ class StyleDiffusionInversion(io.ComfyNode):
             features, attention_loss, first_steps, learning_rate, early_stop, keep=on_interrupt == ON_INTERRUPT[1],
             settings=settings,
         )  # fmt: skip
-        return _run(cls, inverter, model, positive, negative, latent, cfg, scheduler, steps, sigmas)
+        return _run(inverter, model, positive, negative, latent, cfg, scheduler, steps, sigmas)
 
 
 def _features(clip_vision, image, pictures):

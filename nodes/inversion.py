@@ -3,8 +3,6 @@
 import comfy.model_management
 import comfy.sample
 import comfy.samplers
-import comfy.utils
-import latent_preview
 import torch
 from comfy_api.latest import io
 
@@ -12,7 +10,8 @@ from ..samplers import models
 from ..samplers.guider import LeditsGuider
 from ..samplers.inversion import check_latent, check_sigmas
 from ..samplers.inverters import EditFriendlyInverter
-from . import sockets
+from . import feedback, sockets
+from .feedback import report
 
 CATEGORY = "LEDITS/inversion"
 
@@ -83,12 +82,7 @@ def picture(model, latent):
 
 def run(guider, inverter, samples, sigmas, seed=0):
     """Run a SAMPLER of `samplers.inverters`; `x_T` on the device of all LATENTs."""
-    x_T = guider.sample(
-        torch.zeros_like(samples), samples, inverter, sigmas, seed=seed,
-        callback=latent_preview.prepare_callback(guider.model_patcher, len(sigmas) - 1),
-        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
-    )  # fmt: skip
-    return x_T.to(comfy.model_management.intermediate_device())
+    return feedback.sample(guider, inverter, samples, sigmas, seed=seed).to(comfy.model_management.intermediate_device())
 
 
 class EditFriendlyInversion(io.ComfyNode):
@@ -135,11 +129,6 @@ class EditFriendlyInversion(io.ComfyNode):
         guider = LeditsGuider(model, positive, negative, cfg)
         x_T = run(guider, inverter, samples, sigmas, seed)
         return io.NodeOutput(inverter.inversion, {"samples": x_T}, ui=report(guider, len(sigmas) - 1))
-
-
-def report(guider, steps):
-    """What a run cost, for the history of the queue."""
-    return {"ledits": [{"steps": steps, "unet_rows": guider.rows}]}
 
 
 NODES = [EditFriendlyInversion]

@@ -1,21 +1,17 @@
 """The edit, as one KSampler-style node and as GUIDER + SAMPLER over the same code."""
 
 import comfy.model_management
-import comfy.utils
-import latent_preview
-import torch
 from comfy_api.latest import io
 
 from ..samplers import models
 from ..samplers.guider import LeditsGuider
 from ..samplers.ledits import SOLVERS, LeditsSampler
-from . import sockets
-from .inversion import report
+from . import feedback, sockets
 
 CATEGORY = "LEDITS/sampling"
 
 
-def _edit_inputs():
+def edit_inputs():
     """What guides an edit."""
     return [
         io.Model.Input("model", tooltip="The model that made the inversion. LoRA, ControlNet and patches may be added."),
@@ -30,7 +26,7 @@ def _cfg():
                           "concepts alone the inversion's own value keeps the picture.")  # fmt: skip
 
 
-def _path_inputs():
+def path_inputs():
     """Where an edit runs."""
     return [
         sockets.Inversion.Input("inversion", tooltip="The picture's path, from an inversion node."),
@@ -49,7 +45,7 @@ def _solver():
                           "steps.")  # fmt: skip
 
 
-def _attention():
+def _attention_inputs():
     """What of the source's attention an edit keeps."""
     return [
         sockets.Attention.Input("attention", optional=True,
@@ -57,6 +53,16 @@ def _attention():
         sockets.Store.Input("store", optional=True,
                             tooltip="The source's attention, from Capture Attention. Saves the source pass."),
     ]  # fmt: skip
+
+
+def fine_inputs():
+    """What else an edit in one node takes."""
+    return [
+        sockets.Concepts.Input("concepts", optional=True, tooltip="Semantic concepts to add or remove."),
+        io.Mask.Input("mask", optional=True, tooltip="Where the picture may change. Outside it, it stays as it was."),
+        _solver(),
+        *_attention_inputs(),
+    ]
 
 
 def sigmas_after(inversion, skip):
@@ -73,6 +79,14 @@ def sigmas_after(inversion, skip):
     return inversion.sigmas[skip:]
 
 
+def edit(guider, sampler, sigmas, mask=None, runs=None):
+    """What a `LeditsSampler` makes of its inversion's picture, as the samples of a LATENT; `runs` as in `feedback`."""
+    path = sampler.inversion
+    picture = path.latent_format.process_out(path.latents[-1])
+    samples = feedback.sample(guider, sampler, picture, sigmas, mask, runs=runs)
+    return samples.to(comfy.model_management.intermediate_device())
+
+
 class LeditsKSampler(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -84,18 +98,14 @@ class LeditsKSampler(io.ComfyNode):
             "path and noise maps (LEDITS, arXiv 2307.00522).",
             search_aliases=["ledits", "ledits++", "edit image", "real image editing"],
             inputs=[
-                *_edit_inputs(),
-                *_path_inputs(),
+                *edit_inputs(),
+                *path_inputs(),
                 _cfg(),
                 _skip(),
-                sockets.Concepts.Input("concepts", optional=True, tooltip="Semantic concepts to add or remove."),
-                io.Mask.Input("mask", optional=True,
-                              tooltip="Where the picture may change. Outside it, it stays as it was."),
-                _solver(),
-                *_attention(),
+                *fine_inputs(),
             ],
             outputs=[io.Latent.Output(display_name="latent", tooltip="The edited picture, for VAE Decode.")],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(cls, model, positive, negative, inversion, cfg, skip, concepts=None, mask=None, solver=SOLVERS[0],
@@ -103,15 +113,11 @@ class LeditsKSampler(io.ComfyNode):
         models.check(model, inversion)
         sigmas = sigmas_after(inversion, skip)
         guider = LeditsGuider(model, positive, negative, cfg, concepts or ())
-        picture = inversion.latent_format.process_out(inversion.latents[-1])
-        samples = guider.sample(
-            torch.zeros_like(picture), picture, LeditsSampler(inversion, solver, attention, store), sigmas,
-            denoise_mask=mask, seed=0,  # some conditionings compute with it; nothing is drawn
-            callback=latent_preview.prepare_callback(model, len(sigmas) - 1),
-            disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
-        )  # fmt: skip
-        out = {"samples": samples.to(comfy.model_management.intermediate_device())}
-        return io.NodeOutput(out, ui=report(guider, len(sigmas) - 1))
+        sampler = LeditsSampler(inversion, solver, attention, store)
+        out = {"samples": edit(guider, sampler, sigmas, mask)}
+        if sampler.seen is not None:
+            out[sockets.SEEN] = sampler.seen
+        return io.NodeOutput(out, ui=feedback.report(guider, len(sigmas) - 1))
 
 
 class LeditsGuiderNode(io.ComfyNode):
@@ -125,7 +131,7 @@ class LeditsGuiderNode(io.ComfyNode):
             "SAMPLER; with the LEDITS Sampler it edits an inverted picture.",
             search_aliases=["sega guider", "semantic guidance"],
             inputs=[
-                *_edit_inputs(),
+                *edit_inputs(),
                 _cfg(),
                 sockets.Concepts.Input("concepts", optional=True, tooltip="Semantic concepts to add or remove."),
             ],
@@ -146,7 +152,7 @@ class LeditsSamplerNode(io.ComfyNode):
             category=CATEGORY,
             description="The LEDITS update along an inverted picture's path, as SAMPLER and SIGMAS for "
             "SamplerCustomAdvanced. Connect the inversion's x_T as latent and Disable Noise as noise.",
-            inputs=[*_path_inputs(), _skip(), _solver(), *_attention()],
+            inputs=[*path_inputs(), _skip(), _solver(), *_attention_inputs()],
             outputs=[
                 io.Sampler.Output(display_name="sampler", tooltip="For SamplerCustomAdvanced."),
                 io.Sigmas.Output(display_name="sigmas", tooltip="The path's noise levels from the first step that runs."),
@@ -155,7 +161,9 @@ class LeditsSamplerNode(io.ComfyNode):
 
     @classmethod
     def execute(cls, inversion, skip, solver=SOLVERS[0], attention=None, store=None):
-        return io.NodeOutput(LeditsSampler(inversion, solver, attention, store), sigmas_after(inversion, skip))
+        sampler = LeditsSampler(inversion, solver, attention, store)
+        sampler.tell = feedback.tell
+        return io.NodeOutput(sampler, sigmas_after(inversion, skip))
 
 
 NODES = [LeditsKSampler, LeditsGuiderNode, LeditsSamplerNode]

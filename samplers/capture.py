@@ -3,7 +3,6 @@
 import logging
 
 import comfy.model_management
-import comfy.samplers
 import torch
 from tqdm.auto import trange
 
@@ -12,9 +11,10 @@ from ..attention_hooks.store import AttentionStore
 from . import models
 from .inverters import can_batch_levels
 from .overrides import Overrides
+from .phases import PhasedSampler
 
 
-class CaptureSampler(comfy.samplers.Sampler):
+class CaptureSampler(PhasedSampler):
     """Runs the source pass of attention controls along a path; `store` then holds what they read, in host memory.
 
     Run it with a guider whose negative is the edit's; the positive is not evaluated.
@@ -25,6 +25,8 @@ class CaptureSampler(comfy.samplers.Sampler):
         dtype: of the kept tensors.
         all_steps: whether every step holds what any step reads, so that windows may be changed later.
     """
+
+    phase = "capturing"
 
     def __init__(self, inversion, controls, dtype=torch.float16, all_steps=False):
         self.inversion, self.controls, self.dtype, self.all_steps = inversion, tuple(controls), dtype, all_steps
@@ -56,6 +58,7 @@ class CaptureSampler(comfy.samplers.Sampler):
                 if callback is not None:
                     here = path.latents[source.start + step - 1].to(noise.device)
                     callback(step - 1, path.latents[-1].to(noise.device), here, steps)
+                self.tell(f"{self.phase} {step}/{steps}")
         source.store.origin = source.origin(range(steps))
         self.store = source.store
         return path.latents[-1].to(noise.device)

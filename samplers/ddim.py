@@ -47,7 +47,8 @@ def eps_below(y, sigma, at, denoise, scaling, i):
     return (1 - own.skip) / level * y - own.out / level * output
 
 
-def invert(y0, sigmas, denoise, scaling=eps_scaling, convention="A", refinements=0, tolerance=0.0, lowest=0.0292):
+def invert(y0, sigmas, denoise, scaling=eps_scaling, convention="A", refinements=0, tolerance=0.0, lowest=0.0292,
+           regularise=None):  # fmt: skip
     """The path that DDIM sampling would take to a picture.
 
     From level s to the next higher t it takes eps of the latent at s with the network's timestep
@@ -65,19 +66,23 @@ def invert(y0, sigmas, denoise, scaling=eps_scaling, convention="A", refinements
         tolerance: a picture whose latent an iteration changes by less (root mean square, in units of a latent of unit
             variance) is done.
         lowest: the model's lowest noise level, which stands in for level 0 in convention B.
+        regularise: None, or `(eps [B, C, H, W], i) -> eps`, what every prediction is replaced by; see
+            `noise_regularisation`. Sampling then takes the path back less exactly.
 
     Returns:
         [N + 1, B, C, H, W], the last being y0.
     """
     levels = [float(s) for s in sigmas]
+    regularise = regularise or (lambda eps, i: eps)
     path = [y0]
     for i in range(len(levels) - 2, -1, -1):
         (high, low), y = levels[i : i + 2], path[-1]
         at = high if convention == "A" else max(low, min(lowest, high))
-        guess = y + (high - low) * eps_below(y, low, at, denoise, scaling, i)
+        guess = y + (high - low) * regularise(eps_below(y, low, at, denoise, scaling, i), i)
         moving = torch.ones(len(y), dtype=torch.bool, device=y.device)
         for _ in range(refinements):
-            better = y + (high - low) / high * (guess - denoise(guess, y.new_full((len(y),), high), i))
+            eps = (guess - denoise(guess, y.new_full((len(y),), high), i)) / high
+            better = y + (high - low) * regularise(eps, i)
             change = (better - guess).flatten(1).pow(2).mean(1).sqrt() / (high**2 + 1) ** 0.5
             guess = torch.where(moving.view(-1, *[1] * (y.ndim - 1)), better, guess)
             moving = moving & (change >= tolerance)

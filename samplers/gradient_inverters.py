@@ -1,17 +1,17 @@
 """SAMPLER objects of the inversions that learn; run them through a guider on a `gradients.differentiable` MODEL."""
 
 import comfy.model_management
-import comfy.samplers
 import torch
 from tqdm.auto import tqdm
 
 from . import attention_taps, ddim, models, null_text, style_diffusion
 from .gradients import Predictor
 from .inversion import Inversion, check_latent, check_sigmas
+from .phases import PhasedSampler
 from .steps import FAMILIES
 
 
-class _Learner(comfy.samplers.Sampler):
+class _Learner(PhasedSampler):
     """What they have in common: a DDIM path at guidance 1, then one embedding learned after the other.
 
     `sample` returns `x_T`; the whole record is then in `inversion`.
@@ -20,13 +20,12 @@ class _Learner(comfy.samplers.Sampler):
         keep: what an interruption while learning does: True gives the rest of the steps the embedding learned last
             and returns, False ends the run.
         settings: goes into the record.
-        on_step: `(i, steps, loss) -> None`, after each step learned.
     """
 
     method = override = None
 
-    def __init__(self, keep=False, settings=None, on_step=None):
-        self.keep, self.settings, self.on_step = keep, settings or {}, on_step
+    def __init__(self, keep=False, settings=None):
+        self.keep, self.settings = keep, settings or {}
         self.inversion = None
 
     def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False):
@@ -39,15 +38,10 @@ class _Learner(comfy.samplers.Sampler):
             predict = Predictor(model_wrap, extra_args["model_options"])
             picture, levels = latent_image.clone(), sigmas.float().cpu().clone()
             self.prepare(predict, levels, picture)
-            # progress in Adam steps: one for a step of the path, and as many as each may take
-            cost = [1] * steps + [max(self.most(i), 1) for i in range(steps)]
-
-            def show(done, d, y, total=sum(cost)):
-                if callback is not None:
-                    callback(sum(cost[:done]) - 1, d, y, total)
-
-            latents = self._path(predict, picture, levels, models.scaling(model), show)
-            learned, losses = self._learn(predict, latents, levels, FAMILIES[family], show, disable_pbar)
+            progress = _Progress(callback, self.tell, self.method, [self.most(i) for i in range(steps)])
+            latents = self._path(predict, picture, levels, models.scaling(model), progress)
+            predict.tick = progress.tick
+            learned, losses = self._learn(predict, latents, levels, FAMILIES[family], progress, disable_pbar)
         settings = self.settings | {"cfg": model_wrap.cfg}
         if torch.isfinite(losses).any():
             settings["loss"] = float(losses.nanmean())
@@ -57,17 +51,17 @@ class _Learner(comfy.samplers.Sampler):
         )  # fmt: skip
         return latents[0]
 
-    def _path(self, predict, picture, sigmas, scaling, show):
+    def _path(self, predict, picture, sigmas, scaling, progress):
         """The DDIM inversion at guidance 1, [N + 1, B, C, H, W]."""
 
         def denoise(y, sigma, i):
             d = predict("positive", y, sigma)
-            show(len(sigmas) - 1 - i, d, y)
+            progress.path(d, y)
             return d
 
         return ddim.invert(picture, sigmas, denoise, scaling)
 
-    def _learn(self, predict, latents, sigmas, step, show, disable):
+    def _learn(self, predict, latents, sigmas, step, progress, disable):
         """Embeddings [N, B, ...] and losses [N, B], on the CPU."""
         steps = len(sigmas) - 1
         learned, losses = [], []
@@ -78,9 +72,7 @@ class _Learner(comfy.samplers.Sampler):
                     losses.append(loss)
                     bar.set_postfix(loss=f"{loss.mean():.2e}", refresh=False)
                     bar.update()
-                    if self.on_step is not None:
-                        self.on_step(len(learned), steps, float(loss.mean()))
-                    show(steps + len(learned), d, y)
+                    progress.learned(float(loss.mean()), d, y)
             except comfy.model_management.InterruptProcessingException:
                 if not self.keep:
                     raise
@@ -89,6 +81,49 @@ class _Learner(comfy.samplers.Sampler):
             learned.append(self.start(predict, latents).float().cpu())
             losses.append(torch.full((latents.shape[1],), torch.nan))
         return torch.stack(learned + learned[-1:] * (steps - len(learned))), torch.stack(losses)
+
+
+class _Progress:
+    """Progress in Adam steps: one for a step of the path, and then as many as each may take.
+
+    Args:
+        callback: the run's, or None.
+        tell: `(text) -> None`.
+        method: goes into the text.
+        most: Adam steps that each step of the path may take.
+    """
+
+    def __init__(self, callback, tell, method, most):
+        self._callback, self._tell, self._method = callback, tell, method
+        self._steps, self._cost = len(most), [1] * len(most) + [max(m, 1) for m in most]
+        self._done = self._tries = 0  # steps finished, and evaluations of the present one
+        self._shown, self._loss = (None, None), ""
+
+    def _show(self, further=0):
+        if self._callback is not None:
+            self._callback(sum(self._cost[: self._done]) + further - 1, *self._shown, sum(self._cost))
+
+    def path(self, d, y):
+        """A step of the path was inverted."""
+        self._done, self._shown = self._done + 1, (d, y)
+        self._show()
+        self._tell(f"inverting {self._done}/{self._steps}")
+
+    def tick(self):
+        """An Adam step begins."""
+        self._tries, most = self._tries + 1, self._cost[self._done]
+        if 1 < self._tries <= most:
+            with torch.no_grad():  # a previewer has weights of its own
+                self._show(self._tries - 1)
+        step, tries = self._done - self._steps + 1, min(self._tries, most)
+        self._tell(f"{self._method} step {step}/{self._steps}, try {tries}/{most}{self._loss}")
+
+    def learned(self, loss, d, y):
+        """A step's embedding is learned; `loss` is NaN where none was."""
+        self._done, self._tries, self._shown = self._done + 1, 0, (d, y)
+        self._loss = f", loss {loss:.1e}" if loss == loss else ""
+        self._show()
+        self._tell(f"{self._method} step {self._done - self._steps}/{self._steps}{self._loss}")
 
 
 class NullTextInverter(_Learner):

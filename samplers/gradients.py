@@ -79,8 +79,8 @@ def differentiable(model):
                     own.add_weight_wrapper(f"diffusion_model.{name}.{parameter}", torch.clone)
     for name in blocks:
         key = f"diffusion_model.{name}.forward"
-        own.add_object_patch(key, _checkpointed(own.get_model_object(key)))
-    own.model_options.setdefault("transformer_options", {})["optimized_attention_override"] = _attention
+        own.add_object_patch(key, checkpointed(own.get_model_object(key)))
+    own.model_options.setdefault("transformer_options", {})["optimized_attention_override"] = torch_attention
     own.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, "ledits_gradients", _more_memory)
     own.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, "torch.compile")
     own.remove_additional_models("multigpu")
@@ -107,7 +107,9 @@ def _clone(model):
     return model.clone().get_non_dynamic_delegate()
 
 
-def _checkpointed(forward):
+def checkpointed(forward):
+    """A block's `forward` that keeps no activations for a backward pass, but runs once more in it."""
+
     @functools.wraps(forward)
     def run(*args, **kwargs):
         if not torch.is_grad_enabled():
@@ -121,7 +123,8 @@ def _checkpointed(forward):
     return run
 
 
-def _attention(function, *args, **kwargs):
+def torch_attention(function, *args, **kwargs):
+    """An `optimized_attention_override`: torch's own attention, which has a derivative."""
     return attention_pytorch(*args, **kwargs)
 
 
@@ -135,7 +138,12 @@ class Predictor:
     Args:
         guider: a running `LeditsGuider`; its `rows` count every prediction, and once more the backward pass of one.
         model_options: of the run. They are copied; `options` may be changed.
+
+    Attributes:
+        tick: called before every prediction that is to be differentiated.
     """
+
+    tick = None
 
     def __init__(self, guider, model_options):
         self._guider, self._model = guider, guider.inner_model
@@ -156,6 +164,8 @@ class Predictor:
     def __call__(self, name, y, sigma, words=None):
         """D of the prompt `name`, with other `words` than its own where given."""
         comfy.model_management.throw_exception_if_processing_interrupted()
+        if self.tick is not None and torch.is_grad_enabled():
+            self.tick()
         cond = self.conds[name][0]
         if words is not None:
             own = cond["model_conds"] | {"c_crossattn": comfy.conds.CONDCrossAttn(words)}

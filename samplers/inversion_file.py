@@ -11,22 +11,23 @@
 Version 1 is the only one so far. A reader refuses what a later one may mean differently.
 """
 
-import contextlib
 import hashlib
 import json
 import math
 import os
-import re
 
 import safetensors.torch
 import torch
 
+from .file_kind import FileKind
 from .inversion import Inversion, check_sigmas
 from .steps import FAMILIES
-from .tensor_file import HEADER_LIMIT, TensorFile, parse
+from .tensor_file import HEADER_LIMIT, parse
 
-FORMAT, VERSION = "ledits-inversion", 1
-SUFFIX = ".ledits.safetensors"
+KIND = FileKind(
+    "ledits-inversion", 1, ".ledits.safetensors", "inversion", "a checkpoint or LoRA",
+    "Choose a file that Save Inversion has written, or invert the picture again.",
+)  # fmt: skip
 STEP_LIMIT = 10_000
 _WORDS = ("method", "family", "model")
 _RANKS = {"negative": 4, "negative_pooled": 2, "value": 5}  # of what an inversion may prescribe, `Inversion.overrides`
@@ -60,7 +61,7 @@ def save(path, inversion, latent_format, half=False):
         cost = rounding(inversion, stored)
     stored |= {"sigmas": _plain(inversion.sigmas), "etas": _plain(inversion.etas)}
     settings = {k: v for k, v in inversion.settings.items() if k != "source_prompt"}
-    metadata = {"format": FORMAT, "version": str(VERSION), "dtype": "float16" if half else "float32"}
+    metadata = KIND.metadata | {"dtype": "float16" if half else "float32"}
     metadata |= {name: str(getattr(inversion, name)) for name in _WORDS}
     metadata |= {"latent_format": _json(latent_format), "settings": _json(settings), "sha256": _digest(stored),
                  "source_sha256": source_hash(inversion)}  # fmt: skip
@@ -94,7 +95,7 @@ def load(path, make_latent_format):
     Raises:
         ValueError: a sentence that says what is wrong with the file.
     """
-    with _refusals(path), TensorFile(path) as file:
+    with KIND.refusals(path), KIND.open(path) as file:
         words, entries, settings, latent_format = _header(file, make_latent_format)
         digest = hashlib.sha256()
         tensors = {}
@@ -113,22 +114,8 @@ def load(path, make_latent_format):
 
 def check(path, make_latent_format):
     """Refuse a file as `load` does, but from its header alone: its numbers are not read."""
-    with _refusals(path), TensorFile(path) as file:
+    with KIND.refusals(path), KIND.open(path) as file:
         _header(file, make_latent_format)
-
-
-@contextlib.contextmanager
-def _refusals(path):
-    """Turns what is wrong with a file into a whole sentence."""
-    try:
-        yield
-    except NewerVersion as newer:
-        raise ValueError(str(newer)) from None
-    except ValueError as why:
-        raise ValueError(
-            f"'{os.path.basename(path)}' cannot be loaded as an inversion: {str(why).rstrip('.')}. Choose a file that "
-            "Save Inversion has written, or invert the picture again."
-        ) from None
 
 
 def _header(file, make_latent_format):
@@ -137,19 +124,6 @@ def _header(file, make_latent_format):
     entries = file.entries()
     _check_shapes(entries, words["dtype"])
     return words, entries, _settings(words), _latent_format(words, entries["latents"].shape[2], make_latent_format)
-
-
-class NewerVersion(ValueError):
-    """A file of a later version of the format."""
-
-
-def looks_like_one(path):
-    """Whether a file seems to be an inversion, from the beginning of it alone."""
-    try:
-        with TensorFile(path) as file:
-            return file.metadata.get("format") == FORMAT
-    except ValueError:
-        return False
 
 
 def source_hash(inversion):
@@ -197,15 +171,7 @@ def _size(error, exact):
 def _words(file):
     """The metadata of an inversion, checked as far as they do not depend on the tensors."""
     words = file.metadata
-    if words.get("format") != FORMAT:
-        raise ValueError("it is another kind of file, such as a checkpoint or LoRA")
-    if not re.fullmatch("[1-9][0-9]{0,8}", words.get("version", "")):
-        raise ValueError("it does not say which version of the format it has")
-    if int(words["version"]) > VERSION:
-        raise NewerVersion(
-            f"This inversion was saved by a newer version of this pack (file format {words['version']}; this version "
-            f"reads up to {VERSION}): update the pack to load it."
-        )
+    KIND.check_version(words)
     missing = [n for n in (*_WORDS, "dtype", "latent_format", "settings", "sha256") if n not in words]
     if missing:
         raise ValueError(f"its header lacks '{missing[0]}'")

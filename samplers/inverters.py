@@ -3,23 +3,23 @@
 from dataclasses import replace
 
 import comfy.model_management
-import comfy.samplers
 import torch
 from tqdm.auto import trange
 
 from . import ddim, edit_friendly, models
 from .inversion import Inversion, check_latent, check_sigmas
 from .overrides import Overrides
+from .phases import PhasedSampler
 from .steps import FAMILIES
 
 
-class _AlongPath(comfy.samplers.Sampler):
+class _AlongPath(PhasedSampler):
     """What they have in common: evaluations at the path's levels, shown as they come.
 
     `sample` returns `x_T`; the whole record is then in `inversion`.
     """
 
-    inversion = None
+    inversion, phase = None, "inverting"
 
     def _denoiser(self, model_wrap, extra_args, callback, bar, pictures, upwards=False):
         """`(y, sigma, i) -> D` as the functions of `ddim` and `edit_friendly` take it.
@@ -37,6 +37,7 @@ class _AlongPath(comfy.samplers.Sampler):
             bar.update(done - bar.n)
             if callback is not None:
                 callback(done - 1, d[-pictures:], y[-pictures:], bar.total)
+            self.tell(f"{self.phase} {done}/{bar.total}")
             return d
 
         return denoise
@@ -80,15 +81,15 @@ class DDIMInverter(_AlongPath):
     """DDIM inversion, see `ddim.invert`; the path is the record's source branch, without noise maps.
 
     Args:
-        convention, refinements, tolerance: see `ddim.invert`.
+        convention, refinements, tolerance, regularise: see `ddim.invert`.
         method, settings: go into the record.
     """
 
-    def __init__(self, convention="A", refinements=0, tolerance=0.0, method="DDIM", settings=None):
+    def __init__(self, convention="A", refinements=0, tolerance=0.0, method="DDIM", settings=None, regularise=None):
         if convention not in ddim.CONVENTIONS:
             raise ValueError(f"Unknown convention '{convention}': choose one of {', '.join(ddim.CONVENTIONS)}.")
         self.convention, self.refinements, self.tolerance = convention, refinements, tolerance
-        self.method, self.settings = method, settings or {}
+        self.method, self.settings, self.regularise = method, settings or {}, regularise
 
     def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False):
         model = model_wrap.model_patcher
@@ -99,7 +100,7 @@ class DDIMInverter(_AlongPath):
         with trange(len(sigmas) - 1, disable=disable_pbar) as bar:
             denoise = self._denoiser(model_wrap, extra_args, callback, bar, len(latent_image), upwards=True)
             latents = ddim.invert(latent_image, sigmas, denoise, models.scaling(model), self.convention,
-                                  self.refinements, self.tolerance, lowest)  # fmt: skip
+                                  self.refinements, self.tolerance, lowest, self.regularise)  # fmt: skip
         if not torch.isfinite(latents[0]).all():
             raise ValueError(
                 "The inversion did not converge: invert at cfg 1, or with fewer refinements. With both already low, the "
@@ -116,6 +117,8 @@ class SourceBranch(_AlongPath):
         scale, every: see `ddim.simulate`.
         method: goes into the record.
     """
+
+    phase = "sampling the source"
 
     def __init__(self, inversion, scale=0.0, every=1, method=None):
         self.inversion, self.scale, self.every = inversion, scale, every
@@ -148,6 +151,8 @@ class TargetOffset(_AlongPath):
         steps_at_once: see `EditFriendlyInverter`.
         method: goes into the record.
     """
+
+    phase = "measuring the offset"
 
     def __init__(self, inversion, steps_at_once=0, method=None):
         self.inversion, self.steps_at_once = inversion, steps_at_once

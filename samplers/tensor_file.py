@@ -46,12 +46,14 @@ class TensorFile:
 
     Args:
         path: a regular file.
+        header_limit, tensor_limit: more bytes of header, or more tensors, are refused.
 
     Raises:
         ValueError: it cannot be opened, or its header is not one of a small safetensors file.
     """
 
-    def __init__(self, path):
+    def __init__(self, path, header_limit=HEADER_LIMIT, tensor_limit=TENSOR_LIMIT):
+        self._header_limit, self._tensor_limit = header_limit, tensor_limit
         try:
             # Never open what can block, such as a named pipe.
             if not stat.S_ISREG(os.stat(path).st_mode):
@@ -82,8 +84,8 @@ class TensorFile:
         (length,) = struct.unpack("<Q", first)
         if length > self.size - 8:
             raise ValueError("its header is cut off")
-        if length > HEADER_LIMIT:
-            raise ValueError(f"its header has {length} bytes, more than {HEADER_LIMIT}")
+        if length > self._header_limit:
+            raise ValueError(f"its header has {length} bytes, more than {self._header_limit}")
         raw = self._handle.read(length)
         if len(raw) != length or not raw.startswith(b"{"):
             raise ValueError("its header is not that of a safetensors file")
@@ -98,8 +100,8 @@ class TensorFile:
         Raises:
             ValueError: anything else.
         """
-        if not 0 < len(self._header) <= TENSOR_LIMIT:
-            raise ValueError(f"it holds {len(self._header)} tensors, not 1 to {TENSOR_LIMIT}")
+        if not 0 < len(self._header) <= self._tensor_limit:
+            raise ValueError(f"it holds {len(self._header)} tensors, not 1 to {self._tensor_limit}")
         found = {name: self._entry(name[:80], item) for name, item in self._header.items()}
         at = self._start
         for entry in sorted(found.values(), key=lambda e: e.begin):
@@ -125,18 +127,19 @@ class TensorFile:
             raise ValueError(f"the shape of its tensor {name!r} does not fit its {size} bytes")
         return Entry(dtype, tuple(shape), self._start + offsets[0], size)
 
-    def read(self, entry, digest):
+    def read(self, entry, digest, as_stored=False):
         """A tensor as float32.
 
         Args:
             entry: from `entries`.
             digest: hashlib object, updated with the bytes as they are stored.
+            as_stored: leave float16 as it is.
 
         Raises:
             ValueError: the file has become shorter, or a number is NaN or infinite.
         """
         try:
-            out = torch.empty(entry.shape, dtype=torch.float32)
+            out = torch.empty(entry.shape, dtype=torch.float16 if as_stored and entry.dtype == "F16" else torch.float32)
         except RuntimeError:
             raise ValueError("there is not enough memory for it") from None
         flat = out.view(-1).numpy()

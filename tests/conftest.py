@@ -54,11 +54,38 @@ def inference_mode():
 
 
 @pytest.fixture(scope="session")
-def server_url(tmp_path_factory):
-    """A real ComfyUI server with the pack and user data of its own."""
+def server_base(tmp_path_factory):
+    """The server's folder of user data, with the pack in it."""
     base = tmp_path_factory.mktemp("base")
     dev.link_pack(base)
+    return base
+
+
+@pytest.fixture(scope="session")
+def server_log(server_base):
+    """The file of all that the server prints. (Its /internal/logs keeps the last lines only.)"""
+    return server_base / "server.log"
+
+
+@pytest.fixture(scope="session")
+def server_url(server_base, server_log):
+    """A real ComfyUI server with the pack and user data of its own."""
     device = [] if os.environ.get("LEDITS_TEST_DEVICE") == "cuda" else ["--cpu"]
-    home = dev.Home(Path(sys.executable), COMFYUI, base)
-    with dev.start_server(home, *device, log=base / "server.log") as (url, _):
+    home = dev.Home(Path(sys.executable), COMFYUI, server_base)
+    with dev.start_server(home, *device, log=server_log) as (url, _):
         yield url
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """ComfyUI's output and input folders, empty."""
+    import folder_paths
+    before = folder_paths.get_output_directory(), folder_paths.get_input_directory()
+    made = [tmp_path / "out", tmp_path / "in"]
+    for folder in made:
+        folder.mkdir()
+    folder_paths.set_output_directory(str(made[0]))
+    folder_paths.set_input_directory(str(made[1]))
+    yield made
+    folder_paths.set_output_directory(before[0])
+    folder_paths.set_input_directory(before[1])

@@ -92,6 +92,10 @@ class Editor:
     def begin(self, step):
         pass
 
+    def before(self, x, evaluate):
+        """The target latent with which the step is evaluated; `evaluate(x)` runs the U-Net for another one."""
+        return x
+
     def self_attention(self, q, k, v, probs, layer):
         return {name: probs[name] @ v[name] for name in probs}
 
@@ -138,8 +142,13 @@ def joint_edit(model, inversion, source, target, negative, cfg, editor, start=0)
         x = x_s.clone() if x is None else x
         editor.begin(i - start)
         t = sampling.timestep(s)
+
+        def evaluate(x, x_s=x_s, t=t, i=i):
+            return _unet(unet, torch.cat([x_s, x, x_s, x]), t, contexts(i), y, editor, batch)
+
+        x = editor.before(x, evaluate)
         rows = torch.cat([x_s, x, x_s, x])
-        out = _unet(unet, rows, t, contexts(i), y, editor, batch)
+        out = evaluate(x)
         if model.model.model_type.name == "V_PREDICTION":
             out = a.sqrt() * out + (1 - a).sqrt() * rows
         _, u, _, c = out.chunk(4)
@@ -184,9 +193,27 @@ def _unet(unet, rows, t, context, y, editor, batch):
                     return torch.cat([changed[n] for n in ROWS])
                 handles.append(module.out_layers.register_forward_hook(hook))
     try:
-        with torch.no_grad():
+        with torch.set_grad_enabled(rows.requires_grad):
             return unet(rows, t.expand(len(rows)).float(), context=context, y=y,
                         transformer_options={"patches_replace": replaced, "cond_or_uncond": []})
     finally:
         for handle in handles:
             handle.remove()
+
+
+def own_path(model, path, positive, negative):
+    """A path that is the source's own, from the noise of another: y_next = y + (sigma_next - sigma) * eps at every step."""
+    latents = [path.latents[0]]
+
+    class Trace(LeditsSampler):
+        def sample(self, model_wrap, sigmas, extra_args, *args, **kwargs):
+            for i in range(len(sigmas) - 1):
+                y = latents[-1]
+                d = model_wrap(y, sigmas[i].expand(1), **extra_args)
+                latents.append(y + (sigmas[i + 1] - sigmas[i]) * (y - d) / sigmas[i])
+            return latents[-1]
+
+    with torch.inference_mode():
+        guider = LeditsGuider(model, positive, negative, 1.0)
+        guider.sample(torch.zeros_like(latents[0]), latents[0], Trace(path), path.sigmas, disable_pbar=True)
+    return path.with_parts(torch.stack([y.clone() for y in latents]))

@@ -126,21 +126,7 @@ def test_equal_prompts_give_the_picture_back(kind, name):
     """On a path that is the source's own: y_next = y + (sigma_next - sigma) * eps at every step."""
     model = tiny.model(kind)
     path, words = joint.path(model, 6, 1), joint.prompts(kind, SOURCE, SOURCE)
-    own, _ = joint.run(model, path, words.source, joint.negative(kind), 1.0)
-    latents = [path.latents[0]]
-    guider = LeditsGuider(model, words.source, joint.negative(kind), 1.0)
-
-    class Trace(joint.LeditsSampler):
-        def sample(self, model_wrap, sigmas, extra_args, *args, **kwargs):
-            for i in range(len(sigmas) - 1):
-                y = latents[-1]
-                d = model_wrap(y, sigmas[i].expand(1), **extra_args)
-                latents.append(y + (sigmas[i + 1] - sigmas[i]) * (y - d) / sigmas[i])
-            return latents[-1]
-
-    with torch.inference_mode():
-        guider.sample(torch.zeros_like(path.latents[0]), path.latents[0], Trace(path), path.sigmas, disable_pbar=True)
-    path = path.with_parts(torch.stack(latents))
+    path = joint.own_path(model, path, words.source, joint.negative(kind))
     attention = controls(words)[name] if name != "p2p" else [PromptToPrompt(words)]
     out, _ = joint.run(model, path, words.target, joint.negative(kind), 1.0, attention)
     assert (out - path.latents[-1]).abs().max() < 1e-4

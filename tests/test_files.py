@@ -5,7 +5,6 @@ import json
 import os
 import time
 
-import folder_paths
 import pytest
 import safetensors.torch
 import tiny
@@ -15,6 +14,7 @@ from comfyui_ledits.nodes import files
 from comfyui_ledits.nodes.files import LoadInversion, SaveInversion
 from comfyui_ledits.nodes.inversion import EditFriendlyInversion
 from comfyui_ledits.nodes.sampling import LeditsKSampler
+from comfyui_ledits.samplers import inversion_file
 from records import record, saved
 
 pytestmark = pytest.mark.usefixtures("inference_mode")
@@ -31,20 +31,6 @@ def inverted(kind):
 def edit(kind, inversion):
     pair = tiny.conditioning(kind, 3), tiny.conditioning(kind, 2)
     return LeditsKSampler.execute(model(kind), *pair, inversion, 7.5, 1)[0]["samples"]
-
-
-@pytest.fixture
-def folders(tmp_path):
-    """ComfyUI's output and input folders, empty."""
-    before = folder_paths.get_output_directory(), folder_paths.get_input_directory()
-    made = [tmp_path / "out", tmp_path / "in"]
-    for folder in made:
-        folder.mkdir()
-    folder_paths.set_output_directory(str(made[0]))
-    folder_paths.set_input_directory(str(made[1]))
-    yield made
-    folder_paths.set_output_directory(before[0])
-    folder_paths.set_input_directory(before[1])
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +93,7 @@ def test_nothing_outside_of_the_folders_is_loaded(folders, raw, tmp_path, name):
     assert isinstance(told, str) and told.endswith(".")
     with pytest.raises(ValueError):
         LoadInversion.execute(name)
-    assert files.found() == []
+    assert files.found(inversion_file.KIND) == []
 
 
 @pytest.mark.parametrize("prefix", ["../x", "a/../../x", "/x", "C:\\x", "{outside}/x", "link/x", "", "x\0", "..\\x"])
@@ -147,7 +133,7 @@ def test_the_picker_lists_inversions_newest_first(folders, raw):
     (into / "lora.safetensors").write_bytes(safetensors.torch.save({"lora": torch.ones(4)}))
     (into / "notes.txt").write_bytes(raw)
     os.utime(into / "mine.safetensors", (1, 1))
-    assert files.found() == ["deep/er/one_00001_.ledits.safetensors [output]", "mine.safetensors"]
+    assert files.found(inversion_file.KIND) == ["deep/er/one_00001_.ledits.safetensors [output]", "mine.safetensors"]
     os.utime(out / "deep/er/one_00001_.ledits.safetensors", (0, 0))
     options = LoadInversion.INPUT_TYPES()["required"]["file"][1]["options"]
     assert options == ["mine.safetensors", "deep/er/one_00001_.ledits.safetensors [output]"]

@@ -19,6 +19,15 @@ class Server(ComfyClient):
     def running(self):
         return [entry[1] for entry in self.ask_json("/queue")["queue_running"]]
 
+    def interrupt(self, prompt):
+        """Queue a prompt, interrupt it soon after it has begun; the message that says where it was."""
+        queued = self.queue(prompt)
+        while queued not in self.running():
+            time.sleep(0.02)
+        time.sleep(0.3)
+        self.ask("/interrupt", b"")
+        return self.messages(queued)["execution_interrupted"]
+
     def messages(self, prompt):
         """The messages of a prompt that has ended, however it did: {name: data}."""
         end = time.monotonic() + 600
@@ -109,7 +118,7 @@ def cached(entry):
     return dict(entry["status"]["messages"])["execution_cached"]["nodes"]
 
 
-def test_the_pack_loads_and_every_socket_is_described(server):
+def test_the_pack_loads_and_every_socket_is_described(server, server_log):
     own = {cls.GET_SCHEMA().node_id for cls in asyncio.run(LeditsExtension().get_node_list())}
     info = {k: v for k, v in server.object_info().items() if k.startswith("LEDITS_")}
     assert own and set(info) == own
@@ -122,7 +131,7 @@ def test_the_pack_loads_and_every_socket_is_described(server):
         texts = about["output_tooltips"] or [None] * len(about["output"])
         silent += [f"{name}: output {key}" for key, text in zip(about["output_name"], texts) if not text]
     assert not silent
-    log = server.ask_json("/internal/logs")
+    log = server_log.read_text("utf-8", "replace")
     assert "Import times for custom nodes" in log and "IMPORT FAILED" not in log
 
 
@@ -155,12 +164,7 @@ def test_an_interrupted_edit_leaves_the_model_as_it_was(server, plain_picture):
     expected = server.latent(server.run(graph), "saved")  # only the edit is left to run in the next prompt
 
     slow = graph | {"edit": node("LEDITS_KSampler", **graph["edit"]["inputs"] | {"skip": 0})}
-    prompt = server.queue(slow)
-    while prompt not in server.running():
-        time.sleep(0.02)
-    time.sleep(0.3)
-    server.ask("/interrupt", b"")
-    assert server.messages(prompt)["execution_interrupted"]["node_type"] == "LEDITS_KSampler"
+    assert server.interrupt(slow)["node_type"] == "LEDITS_KSampler"
 
     assert torch.equal(sampler.sample(), before)
     again = server.run(graph)

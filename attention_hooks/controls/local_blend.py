@@ -42,7 +42,12 @@ class LocalBlend:
 
 
 class BoundBlend:
-    """The maps of one run, and the mask they give. `mask` is the last one, [B, 1, h, w], None before."""
+    """The maps of one run, and the mask they give.
+
+    Attributes:
+        mask: the last one, [B, 1, h, w], None before.
+        masks: {step: boolean [B, h, w]} of all steps.
+    """
 
     def __init__(self, settings, prompts, setting):
         self.settings, self.size, self.mask = settings, setting.size, None
@@ -52,14 +57,18 @@ class BoundBlend:
             torch.stack([columns(tokens, phrases) for phrases in (settings.words, settings.substruct_words)], dim=1)
             for tokens in (prompts.source_tokens, prompts.target_tokens)
         )
-        self._sums, self._step = {}, {}
+        self._sums, self._step, self.masks = {}, {}, {}
 
     def word_maps(self, layer):
         return self.columns if layer.key in self.layers else None
 
     def see(self, step, layer, grid, source, target):
-        """Maps of one layer at a step; a step that is evaluated twice counts once."""
-        self._step[layer.key] = grid, torch.stack([source, target]).float()
+        """Maps of one layer at a step; of further predictions (another pack's guidance) nothing is taken."""
+        self._step.setdefault(layer.key, (grid, torch.stack([source, target]).float()))
+
+    def forget(self):
+        """Drop what was seen at this step."""
+        self._step = {}
 
     def after_step(self, step, y, source):
         for key, (grid, maps) in self._step.items():
@@ -68,7 +77,8 @@ class BoundBlend:
         self._step = {}
         if step < self.start or not self._sums:
             return y
-        self.mask = self._mask(average(self._sums.values()), y.shape[-2:]).to(y)
+        mask = self._mask(average(self._sums.values()), y.shape[-2:])
+        self.mask, self.masks[step] = mask.to(y), mask[:, 0]
         return source + self.mask * (y - source)
 
     def _mask(self, maps, size):

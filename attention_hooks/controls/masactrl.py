@@ -67,7 +67,7 @@ class _Bound(Bound):
             self.map_layers = setting.layers(control.map_blocks)
             self.columns = (columns(control.prompts.source_tokens, control.source_words)[:, None],
                             columns(control.prompts.target_tokens, control.target_words)[:, None])  # fmt: skip
-        self._maps, self._step = {}, None
+        self._maps, self._step, self._masks = {}, None, {}
 
     def self_edit(self, step, layer, branch):
         if layer.key not in self.layers or not in_window(step, self.steps, self.control.window):
@@ -75,9 +75,9 @@ class _Bound(Bound):
         source = self.control.source_branch if branch == COND else NEGATIVE
         masks = None
         if self.control.source_mask is not None:
-            masks = self._given
+            masks = self._kept(step, self._given)
         elif self.reads_words:
-            masks = self._from_words(step, layer)
+            masks = self._kept(step, self._from_words(step, layer))
         return SelfEdit(k=source, v=source, own_keys=self.control.own_keys, masks=masks)
 
     def word_maps(self, step, layer):
@@ -88,6 +88,22 @@ class _Bound(Bound):
         if step != self._step:
             self._step, self._maps = step, {}
         self._maps[layer.key] = layer.order, grid, torch.stack([source, target])[..., 0].float()
+
+    def seen(self):
+        return {"masactrl": self._masks} if self._masks else {}
+
+    def _kept(self, step, masks):
+        """The masks, of which the last on the step's finest grid are kept to be looked at."""
+
+        def kept(grid):
+            pair = masks(grid)
+            if pair is not None:
+                last = [m.unflatten(-1, grid) for m in pair]
+                if last[0].numel() >= (self._masks[step][0].numel() if step in self._masks else 0):
+                    self._masks[step] = last
+            return pair
+
+        return kept
 
     def _given(self, grid):
         pair = self.control.source_mask, self.control.target_mask

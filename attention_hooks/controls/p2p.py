@@ -84,8 +84,15 @@ class _Bound(Bound):
     def see_maps(self, step, layer, grid, source, target):
         self.blend.see(step, layer, grid, source, target)
 
+    def forget_maps(self):
+        if self.blend is not None:
+            self.blend.forget()
+
     def after_step(self, step, y, source):
         return y if self.blend is None else self.blend.after_step(step, y, source)
+
+    def seen(self):
+        return {"blend": self.blend.masks} if self.blend is not None and self.blend.masks else {}
 
 
 def require_cross(controls):

@@ -1,0 +1,84 @@
+"""Edit directions in the space of prompts: from many sentences about one thing to many about another (arXiv 2302.03027, 3.1)."""
+
+import comfy.model_management
+import torch
+
+
+def sentences(text):
+    """The sentences of a text, one per line; empty lines do not count."""
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def edit_direction(clip, source, target, done=lambda: None):
+    """Mean embedding of the target's sentences minus that of the source's.
+
+    A sentence has a multiple of 77 tokens. The means are over the tokens that all sentences have: as a rule the first 77,
+    to which longer sentences are cut.
+
+    Args:
+        clip: CLIP.
+        source, target: lists of sentences.
+        done: called after every sentence.
+
+    Returns:
+        float32 [1, tokens, width]; the same of the pooled output, [1, width], or None where the CLIP has none.
+
+    Raises:
+        ValueError: a list is empty.
+    """
+    if not source or not target:
+        raise ValueError(
+            "An edit direction needs sentences about what is there and about what shall be: write at least one, or better "
+            "many, in both fields, one per line."
+        )
+    (a, pooled_a), (b, pooled_b) = (_mean(clip, texts, done) for texts in (source, target))
+    tokens = min(a.shape[1], b.shape[1])
+    pooled = None if pooled_a is None or pooled_b is None else pooled_b - pooled_a
+    return b[:, :tokens] - a[:, :tokens], pooled
+
+
+def _mean(clip, texts, done):
+    total = pooled = None
+    for text in texts:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        words, more = clip.encode_from_tokens_scheduled(clip.tokenize(text))[0]
+        words, own = words.float().cpu(), more.get("pooled_output")
+        own = None if own is None else own.float().cpu()
+        if total is None:
+            total, pooled = words, own
+        else:
+            tokens = min(total.shape[1], words.shape[1])
+            total = total[:, :tokens] + words[:, :tokens]
+            pooled = None if own is None or pooled is None else pooled + own
+        done()
+    return total / len(texts), None if pooled is None else pooled / len(texts)
+
+
+def add_direction(conditioning, direction, pooled, strength=1.0):
+    """A CONDITIONING moved along a direction, every entry of it.
+
+    Tokens that the direction does not have stay as they are; of a longer direction the first ones are used. The pooled
+    output moves too, where there is one.
+
+    Args:
+        direction, pooled: see `edit_direction`.
+
+    Raises:
+        ValueError: the CONDITIONING is another text encoder's.
+    """
+    moved = []
+    for words, more in conditioning:
+        own = more.get("pooled_output")
+        alike = own is None or pooled is None or own.shape[-1] == pooled.shape[-1]
+        if words.shape[-1] != direction.shape[-1] or not alike:
+            raise ValueError(
+                f"The conditioning is another text encoder's: its vectors have {words.shape[-1]} numbers, this CLIP's "
+                f"{direction.shape[-1]}. Encode it with the CLIP that is connected here."
+            )
+        tokens = min(words.shape[1], direction.shape[1])
+        step = strength * direction[:, :tokens].to(words)
+        words = torch.cat([words[:, :tokens] + step, words[:, tokens:]], 1)
+        if own is not None and pooled is not None:
+            more = {**more, "pooled_output": own + strength * pooled.to(own)}
+        moved.append([words, dict(more)])
+    return moved

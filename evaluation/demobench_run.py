@@ -1,0 +1,29 @@
+"""Run Demo-Bench: the demo model, pictures whose true edits are known, every inversion by every editor.
+
+    python dev.py demobench [--pictures 8] [--methods all] [--steps 50]
+
+The pictures are made once (200, in output/demobench-data). The same command goes on with a run that was stopped.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from evaluation import demobench, runner  # noqa: E402
+
+
+def main(arguments):
+    defaults = {"methods": "all", "pictures": 8, "mode": "plain", "output": Path("output/demobench")}
+    parser = runner.parser_of(__doc__, defaults)
+    parser.add_argument("--data", type=Path, default=Path("output/demobench-data"), help="folder of the pictures")
+    parser.add_argument("--each", type=int, default=demobench.EACH, help="pictures to make of every type of edit")
+    parser.add_argument("--data-seed", type=int, default=0, help="another one makes other pictures")
+    options = parser.parse_args(arguments)
+    demobench.ready(options.data, options.each, options.data_seed,
+                    lambda done, of: runner.show(f"making picture {done} of {of}", done == of))  # fmt: skip
+    return runner.run(options, options.data)
+
+
+if __name__ == "__main__":
+    runner.finish("demobench", main)

@@ -1,0 +1,77 @@
+"""Values of `metrics.Metrics` as text, and as rows of a CSV file."""
+
+import csv
+import math
+
+from .metrics import METRICS
+
+
+def number(name, value):
+    """A value as the papers print it, in the scale of its heading."""
+    if value is None:
+        return "-"
+    if math.isnan(value):
+        return "no area"
+    return f"{value * METRICS[name].scale:.2f}"
+
+
+def text(values, missing):
+    """Values as lines, and below them what is missing and what to do, each reason once.
+
+    Args:
+        values: dict name -> float or None.
+        missing: dict name -> sentence.
+    """
+    width = max(len(METRICS[name].heading) for name in values)
+    lines = [f"{METRICS[name].heading:<{width}}  {number(name, value):>8}" for name, value in values.items()]
+    reasons = {}
+    for name, reason in missing.items():
+        if name in values:
+            reasons.setdefault(reason, []).append(METRICS[name].heading)
+    return "\n".join(lines + [f"\nNot measured: {', '.join(names)}. {reason}" for reason, names in reasons.items()])
+
+
+def mean(rows):
+    """Mean of every metric over pictures, as the published table: pictures where it is nan or None are left out.
+
+    Args:
+        rows: list of dict name -> float or None, of the same names.
+
+    Returns:
+        dict name -> float; nan or None where all of them are.
+    """
+    means = {}
+    for name in rows[0]:
+        found = [row[name] for row in rows if row[name] is not None]
+        counted = [value for value in found if not math.isnan(value)]
+        means[name] = sum(counted) / len(counted) if counted else math.nan if found else None
+    return means
+
+
+def check_csv(path, columns):
+    """Refuse a file that rows of these columns do not fit into.
+
+    Raises:
+        ValueError: the file is there with other columns.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            header = next(csv.reader(file), None)
+    except FileNotFoundError:
+        return
+    except (csv.Error, UnicodeDecodeError):
+        header = []
+    if header is not None and header != list(columns):
+        raise ValueError("The CSV file has other columns than these metrics: choose another name, or move it away.")
+
+
+def append(path, rows):
+    """Add rows (dicts of the same keys) to a CSV file, with a header if it is new. None is an empty cell."""
+    columns = list(rows[0])
+    check_csv(path, columns)
+    with open(path, "a", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        if file.tell() == 0:
+            writer.writerow(columns)
+        for row in rows:
+            writer.writerow(["" if value is None else value for value in row.values()])

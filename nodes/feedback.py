@@ -1,0 +1,84 @@
+"""What a node shows while it works: progress and previews as the stock samplers do, and the phase in words."""
+
+import comfy.utils
+import latent_preview
+import torch
+from comfy_execution.utils import get_executing_context
+
+
+def tell(text):
+    """Show a line on the node that is being executed, where there is a server to show it."""
+    context = get_executing_context()
+    if context is None:
+        return
+    from server import PromptServer  # the web server, which a node alone does not have
+
+    server = getattr(PromptServer, "instance", None)
+    if server is not None:
+        server.send_progress_text(text, context.node_id, server.client_id)
+
+
+class Runs:
+    """One progress bar over several runs of samplers, which `sample` then counts.
+
+    Args:
+        model: MODEL, whose latents are previewed.
+        steps: of each run.
+    """
+
+    def __init__(self, model, steps):
+        self._show, self._steps, self._run = latent_preview.prepare_callback(model, sum(steps)), list(steps), -1
+
+    def next(self):
+        """The next run begins."""
+        self._run += 1
+
+    def callback(self, step, d, y, total):
+        """As a sampler calls it in its own run, whose progress may count other things than steps."""
+        before, own = sum(self._steps[: self._run]), self._steps[self._run]
+        self._show(before + round((step + 1) / total * own) - 1, d, y, sum(self._steps))
+
+    def tell(self, text):
+        """Show a line with the number of the run before it."""
+        tell(f"{self._run + 1} of {len(self._steps)}: {text}")
+
+
+def sample(guider, sampler, samples, sigmas, mask=None, seed=0, runs=None):
+    """Run a `PhasedSampler` over a picture, with feedback on the node.
+
+    Args:
+        guider: a CFGGuider.
+        samples: the picture, as in a LATENT.
+        mask: MASK or None.
+        seed: some conditionings compute with it; no noise is drawn.
+        runs: the `Runs` that this is the next of.
+
+    Returns:
+        what the sampler returns, as in a LATENT.
+    """
+    callback, sampler.tell = latent_preview.prepare_callback(guider.model_patcher, len(sigmas) - 1), tell
+    if runs is not None:
+        runs.next()
+        callback, sampler.tell = runs.callback, runs.tell
+    sampler.tell("loading the model")
+    return guider.sample(
+        torch.zeros_like(samples), samples, sampler, sigmas, denoise_mask=mask, seed=seed,
+        callback=callback, disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+    )  # fmt: skip
+
+
+def report(guider, steps, **more):
+    """As `costs`; the rows are the guider's."""
+    return costs(guider.rows, steps, **more)
+
+
+def costs(rows, steps, **more):
+    """What a node cost, on the node and for the history of the queue (`NodeOutput.ui`).
+
+    Args:
+        rows: U-Net rows (pictures x predictions) that were evaluated.
+        steps: of the path that ran.
+        more: further numbers.
+    """
+    tell(f"done: {steps} steps, {rows} U-Net rows")
+    return {"ledits": [{"steps": steps, "unet_rows": rows, **more}]}

@@ -1,0 +1,231 @@
+"""Preview Attention: where the words of an edit look, and the masks it used."""
+
+import comfy.model_management
+import numpy
+import torch
+import torch.nn.functional as F
+from comfy_api.latest import io, ui
+from comfy_execution.graph_utils import ExecutionBlocker
+from PIL import Image
+
+from ..attention_hooks import words
+from ..attention_hooks.blocks import HELP, preset_help
+from ..attention_hooks.controls.record import Record
+from ..attention_hooks.seen import SIDES
+from . import sockets
+from .card import Card
+from .prompts import CATEGORY
+
+VIEWS = ["average", "by step"]
+COLUMNS = 8  # steps that are drawn
+CARDS = 16  # pictures of a batch that are drawn
+WORDS = 24  # words that are drawn where none are chosen
+# From no attention to the most: colours at equal distances.
+_HEAT = numpy.array([[21, 22, 27], [84, 40, 92], [190, 66, 82], [255, 176, 87], [255, 250, 220]], numpy.float32) / 255
+
+
+class RecordAttention(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="LEDITS_RecordAttention",
+            display_name="Record Attention",
+            category=CATEGORY,
+            description="Remembers the attention of every word while the picture is edited, for Preview Attention. Changes "
+            "nothing of the edit.",
+            search_aliases=["attention maps", "cross-attention maps", "daam"],
+            inputs=[
+                sockets.Prompts.Input("prompts", tooltip="Source and target, from Edit Prompts."),
+                io.String.Input("blocks", default="words", optional=True, advanced=True,
+                                tooltip=f"Which layers' attention is averaged: {preset_help('words')} {HELP}"),
+                sockets.Attention.Input("attention", optional=True, tooltip="Controls before this one."),
+            ],
+            outputs=[sockets.Attention.Output(display_name="attention",
+                                              tooltip="For a LEDITS sampler, or the next control.")],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, prompts, blocks="words", attention=None):
+        return io.NodeOutput((*(attention or ()), Record(prompts, None, blocks)))
+
+
+class PreviewAttention(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="LEDITS_PreviewAttention",
+            display_name="Preview Attention",
+            category=CATEGORY,
+            description="Shows where the words of an edit look, in the source and in the target, and the masks of local blend "
+            "and of MasaCtrl. Put Record Attention among the edit's controls for the words.",
+            search_aliases=["show attention", "attention maps", "attention heatmap", "local blend mask", "visualize attention"],
+            is_output_node=True,
+            inputs=[
+                io.Latent.Input("latent", tooltip="The edited latent, from the LEDITS KSampler (or, with a SAMPLER connected, "
+                                "from SamplerCustomAdvanced)."),
+                io.String.Input("words", default="", tooltip="Words of either prompt, such as 'cat, red hat'. Empty for all."),
+                io.Combo.Input("view", options=VIEWS, tooltip="average: the mean of all steps, source beside target. by step: "
+                               f"up to {COLUMNS} steps side by side."),
+                io.Sampler.Input("sampler", optional=True, tooltip="The LEDITS Sampler that made the latent, where "
+                                 "SamplerCustomAdvanced ran it. Not needed with the LEDITS KSampler."),
+                io.Image.Input("image", optional=True, tooltip="The source picture, to draw its attention over."),
+                io.Image.Input("edited_image", optional=True, tooltip="The edited picture, to draw its attention over."),
+            ],
+            outputs=[
+                io.Image.Output(display_name="attention", tooltip="What the node shows, one for each picture of a batch."),
+                io.Mask.Output(display_name="blend_mask", tooltip="Local blend's mask of the last step: where the picture "
+                               "could change."),
+                io.Mask.Output(display_name="source_mask", tooltip="MasaCtrl's mask of the object in the source, of the last "
+                               "step and the finest layer."),
+                io.Mask.Output(display_name="target_mask", tooltip="The same in the target."),
+            ],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, latent, words, view, sampler=None, image=None, edited_image=None):
+        seen = _seen(latent, sampler)
+        rows = _rows(seen, _phrases(seen, words), None if view == VIEWS[0] else _steps(seen))
+        cards = [_card(seen, rows, b, view, (image, edited_image)) for b in range(min(len(seen.latent), CARDS))]
+        picture = torch.stack([torch.from_numpy(numpy.asarray(card, numpy.float32) / 255) for card in cards])
+        device = comfy.model_management.intermediate_device()
+        return io.NodeOutput(
+            picture.to(device), *(m if isinstance(m, ExecutionBlocker) else m.to(device) for m in _masks(seen)),
+            ui=ui.PreviewImage(picture, cls=cls),
+        )  # fmt: skip
+
+
+def _seen(latent, sampler):
+    """What the run that made a latent has to show.
+
+    Raises:
+        ValueError: nothing, or the SAMPLER made another latent since.
+    """
+    seen = latent.get(sockets.SEEN) if sampler is None else getattr(sampler, "seen", None)
+    if seen is None:
+        raise ValueError(
+            "There is no attention to see. Connect the latent of a LEDITS KSampler (for SamplerCustomAdvanced also the "
+            "SAMPLER) whose controls hold Record Attention, local blend, or MasaCtrl with masks."
+        )
+    if sampler is not None:
+        its, own = sampler.inversion.latent_format.process_out(seen.latent), latent["samples"].cpu()
+        if its.shape != own.shape or not torch.allclose(its, own, rtol=1e-4, atol=1e-4 * float(own.abs().max())):
+            raise ValueError(
+                "The SAMPLER did not make this latent: connect 'output' of its SamplerCustomAdvanced. If two of them share "
+                "the SAMPLER, give each a LEDITS Sampler of its own."
+            )
+    return seen
+
+
+def _phrases(seen, text):
+    """The words to show.
+
+    Raises:
+        ValueError: none were recorded, or one is in neither prompt.
+    """
+    chosen = words.phrases(text)
+    if seen.tokens is None:
+        if chosen:
+            raise ValueError(
+                "The attention of words was not recorded in this edit: put Record Attention among its controls, or leave "
+                "'words' empty to see the masks alone."
+            )
+        return ()
+    seen.check(chosen)
+    return chosen or seen.words()[:WORDS]
+
+
+def _steps(seen):
+    """The steps to draw, evenly chosen from those that have something to show."""
+    have = sorted({*seen.maps, *seen.blend, *seen.masactrl})
+    count = min(len(have), COLUMNS)
+    return [have[round(k * (len(have) - 1) / max(count - 1, 1))] for k in range(count)]
+
+
+def _rows(seen, phrases, steps):
+    """What is in the table: (words, softer words, cells).
+
+    Args:
+        steps: to show side by side; None for the average, source beside target.
+
+    Returns:
+        Of every row the cells are (side, tensor [B, h, w] or words or None).
+    """
+    rows = []
+    for phrase in phrases:
+        if steps is None:
+            maps = [seen.word_map(phrase, side) for side in SIDES]
+            rows.append((phrase, "", [(k, "not in this prompt" if m is None else m) for k, m in enumerate(maps)]))
+            continue
+        for k, side in enumerate(SIDES):
+            maps = [seen.word_map(phrase, side, step) if step in seen.maps else "not recorded" for step in steps]
+            if maps[0] is not None:
+                rows.append((phrase, side, [(k, m) for m in maps]))
+    masks = [("local blend", "mask", 1, seen.blend)]
+    masks += [("MasaCtrl", f"{side} mask", k, {step: pair[k] for step, pair in seen.masactrl.items()})
+              for k, side in enumerate(SIDES)]  # fmt: skip
+    for name, what, k, by_step in masks:
+        if by_step and steps is None:
+            rows.append((name, what, [(j, by_step[max(by_step)] if j == k else None) for j in range(2)]))
+        elif by_step:
+            rows.append((name, what, [(k, by_step.get(step, "no mask")) for step in steps]))
+    return rows
+
+
+def _card(seen, rows, b, view, images):
+    """The picture for picture b of the batch."""
+    card = Card(height=600 + 330 * len(rows))
+    line = f"some of {seen.steps} steps" if view != VIEWS[0] else f"mean of {len(seen.maps)} steps"
+    line = f"{line}; in every row the brightest colour is its highest value" if seen.maps else "masks"
+    card.title("Attention", line, f"picture {b + 1} of {len(seen.latent)}" if len(seen.latent) > 1 else "")
+    if seen.tokens is not None:
+        card.lines([f"{side}: {tokens.text}" for side, tokens in zip(SIDES, seen.tokens)])
+    drawn = []
+    for name, what, cells in rows:
+        maps = [cell[b] for _, cell in cells if isinstance(cell, torch.Tensor)]
+        top = max((float(m.max()) for m in maps), default=0.0)
+        of_words = any(m.dtype != torch.bool for m in maps)
+        below = f"{what}{', ' if what else ''}up to {top:.2g}" if of_words else what
+        drawn.append((name, below, [_cell(cell, b, top, images[side]) for side, cell in cells]))
+    heads = list(SIDES) if view == VIEWS[0] else [f"step {step + 1}" for step in _steps(seen)]
+    card.table(heads, drawn)
+    return card.image()
+
+
+def _cell(cell, b, top, image):
+    """A map or mask of picture b as a picture, its colours spread from 0 to `top`; words as they are."""
+    if not isinstance(cell, torch.Tensor):
+        return cell
+    own = cell[b]
+    if own.dtype == torch.bool:
+        return Image.fromarray(own.numpy().astype(numpy.uint8) * 255).convert("1")
+    share = (own / top if top else own).clamp(0, 1).numpy()
+    if image is None:
+        return Image.fromarray(_bytes(_heat(share)))
+    ground = image[min(b, len(image) - 1), ..., :3].float().cpu().numpy()
+    share = numpy.asarray(Image.fromarray(share).resize(ground.shape[1::-1], Image.Resampling.BICUBIC)).clip(0, 1)
+    return Image.fromarray(_bytes(ground * 0.5 * (1 - share[..., None]) + _heat(share) * share[..., None]))
+
+
+def _heat(share):
+    """Colours [h, w, 3] of values 0..1."""
+    at = numpy.linspace(0, 1, len(_HEAT))
+    return numpy.stack([numpy.interp(share, at, _HEAT[:, c]) for c in range(3)], -1)
+
+
+def _bytes(colours):
+    return (colours.clip(0, 1) * 255).round().astype(numpy.uint8)
+
+
+def _masks(seen):
+    """MASKs of the last step at the picture's size, [B, H, W] each. One that the edit did not have stops what reads it."""
+    blend = seen.blend[max(seen.blend)] if seen.blend else None
+    pair = seen.masactrl[max(seen.masactrl)] if seen.masactrl else (None, None)
+    names = "local blend", "MasaCtrl with masks", "MasaCtrl with masks"
+    return [
+        ExecutionBlocker(f"Preview Attention has no such mask: the edit ran without {name}.") if mask is None
+        else F.interpolate(mask[:, None].float(), seen.size)[:, 0]
+        for name, mask in zip(names, (blend, *pair))
+    ]  # fmt: skip
+
+
+NODES = [RecordAttention, PreviewAttention]

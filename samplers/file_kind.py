@@ -1,0 +1,82 @@
+"""What the pack's own kinds of files have in common: a name and a version in the header, and whole sentences."""
+
+import contextlib
+import os
+import re
+from dataclasses import dataclass
+
+from .tensor_file import HEADER_LIMIT, TENSOR_LIMIT, TensorFile
+
+
+class NewerVersion(ValueError):
+    """A file of a later version of its format."""
+
+
+@dataclass(frozen=True)
+class FileKind:
+    """A kind of file: safetensors whose metadata begin with a format and its version.
+
+    Attributes:
+        format, version: of the files that are written; later versions are refused.
+        suffix: of their names.
+        what: "inversion", for sentences.
+        other: what else a file may be.
+        advice: what to do about one that cannot be loaded.
+        header_limit, tensor_limit: see `TensorFile`.
+    """
+
+    format: str
+    version: int
+    suffix: str
+    what: str
+    other: str
+    advice: str
+    header_limit: int = HEADER_LIMIT
+    tensor_limit: int = TENSOR_LIMIT
+
+    @property
+    def metadata(self):
+        """What the metadata of a new file begin with."""
+        return {"format": self.format, "version": str(self.version)}
+
+    def open(self, path):
+        return TensorFile(path, self.header_limit, self.tensor_limit)
+
+    def matches(self, path):
+        """Whether a file seems to be of this kind, from its name or the beginning of it alone."""
+        if path.endswith(self.suffix):
+            return True
+        try:
+            with self.open(path) as file:
+                return file.metadata.get("format") == self.format
+        except ValueError:
+            return False
+
+    def check_version(self, words):
+        """Refuse the metadata of another kind of file or of a later version.
+
+        Raises:
+            ValueError: says which.
+        """
+        if words.get("format") != self.format:
+            raise ValueError(f"it is another kind of file, such as {self.other}")
+        if not re.fullmatch("[1-9][0-9]{0,8}", words.get("version", "")):
+            raise ValueError("it does not say which version of the format it has")
+        if int(words["version"]) > self.version:
+            raise NewerVersion(
+                f"This {self.what} was saved by a newer version of this pack (file format {words['version']}; this "
+                f"version reads up to {self.version}): update the pack to load it."
+            )
+
+    @contextlib.contextmanager
+    def refusals(self, path):
+        """Turns what is wrong with a file into a whole sentence."""
+        try:
+            yield
+        except NewerVersion as newer:
+            raise ValueError(str(newer)) from None
+        except ValueError as why:
+            name = os.path.basename(path)
+            raise ValueError(
+                f"'{name}' cannot be loaded as an {self.what}: {str(why).rstrip('.')}. {self.advice}"
+            ) from None

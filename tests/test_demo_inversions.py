@@ -1,0 +1,85 @@
+"""How well every inversion gives held-out demo pictures back at an edit's guidance, and what it costs.
+
+Run with -s to read the table. LEDITS_DEMO_PICTURES makes it smaller.
+"""
+
+import time
+
+import numpy as np
+import pytest
+import torch
+from comfyui_ledits.demo import captions, measure
+from comfyui_ledits.nodes.ddim import DDIMInversion, DirectInversion, NegativePromptInversion, SDEditPath
+from comfyui_ledits.nodes.gradient import NullTextInversion, StyleDiffusionInversion
+from comfyui_ledits.nodes.inversion import EditFriendlyInversion
+from comfyui_ledits.nodes.sampling import LeditsKSampler
+from demo_nodes import DemoNodes, draw, held_out
+
+pytestmark = pytest.mark.demo
+
+COUNT, AT_ONCE, STEPS, CFG = 40, 20, 50, 7.5
+LEVELS = (STEPS, "ddim_uniform")
+LEARNING = {"learning_rate": 1e-2, "early_stop": 1e-5, "on_interrupt": "discard"}
+
+METHODS = {
+    "edit-friendly DDPM": lambda m, p, n, x: EditFriendlyInversion.execute(m, p, n, x, CFG, *LEVELS, 1.0, 0),
+    "Direct": lambda m, p, n, x: DirectInversion.execute(m, p, n, x, 1.0, *LEVELS, 0, 0.0, "A", {"ablation": "none"}),
+    "null-text": lambda m, p, n, x: NullTextInversion.execute(m, p, n, x, CFG, *LEVELS, 10, **LEARNING),
+    "StyleDiffusion": lambda m, p, n, x: StyleDiffusionInversion.execute(
+        m, p, n, x, CFG, *LEVELS, 100, attention_loss=0.0, tau_v=1.0, **LEARNING
+    ),
+    "negative-prompt": lambda m, p, n, x: NegativePromptInversion.execute(
+        m, p, n, x, 1.0, *LEVELS, 0, 0.0, "A", {"path": "inverted"}, 0.0
+    ),
+    "DDIM, one refinement, cfg 1": lambda m, p, n, x: DDIMInversion.execute(
+        m, p, n, x, 1.0, *LEVELS, 1, 0.0, "A", {"path": "inverted"}
+    ),
+    "DDIM, re-simulated": lambda m, p, n, x: DDIMInversion.execute(
+        m, p, n, x, 1.0, *LEVELS, 0, 0.0, "A", {"path": "re-simulated", "edit_cfg": CFG}
+    ),
+    "SDEdit": lambda m, p, n, x: SDEditPath.execute(m, x, *LEVELS, 0),
+}
+
+
+def rebuilt(name, nodes, inversion, prompts):
+    """The latents that an edit with the source prompt at guidance 7.5 starts from or arrives at."""
+    if name in ("Direct", "DDIM, re-simulated"):  # their source branch is the stored path itself
+        return inversion.latent_format.process_out(inversion.latents[-1])
+    cfg = 1.0 if name.endswith("cfg 1") else CFG
+    return LeditsKSampler.execute(nodes.model, *prompts, inversion, cfg, 0).result[0]["samples"]
+
+
+@pytest.mark.usefixtures("inference_mode")
+def test_every_inversion_rebuilds_the_pictures_in_the_order_of_its_means():
+    nodes, found, cost = DemoNodes(), {}, {}
+    drawn = [(captions.sentence(scene), draw(scene)[0]) for scene in held_out(COUNT)]
+    groups = [drawn[i : i + AT_ONCE] for i in range(0, len(drawn), AT_ONCE)]
+    for group in groups:
+        texts, pictures = zip(*group)
+        latent, prompts = nodes.encode(pictures), (nodes.prompts(texts), nodes.prompts([""]))
+        results = {"autoencoder alone": latent["samples"]}
+        for name, invert in METHODS.items():
+            start = time.perf_counter()
+            made = invert(nodes.model, *prompts, latent)
+            seconds = time.perf_counter() - start
+            row = cost.setdefault(name, [0, 0.0])
+            row[0], row[1] = row[0] + made.ui["ledits"][0]["unet_rows"], row[1] + seconds
+            results[name] = rebuilt(name, nodes, made.result[0], prompts)
+        for name, samples in results.items():
+            found.setdefault(name, []).extend(
+                (measure.psnr(picture, again), float(torch.sqrt(((y - x) ** 2).mean())))
+                for picture, again, y, x in zip(pictures, nodes.decode(samples), samples, latent["samples"])
+            )
+    print(f"\n{len(drawn)} pictures, {STEPS} steps, guidance {CFG}: PSNR, latent error (RMS), rows and seconds a picture")
+    for name, values in found.items():
+        rows, seconds = cost.get(name, (0, 0.0))
+        print(f"{name:28} {np.mean(values, 0)[0]:6.2f} dB {np.mean(values, 0)[1]:9.2e} "
+              f"{rows / len(drawn):8.0f} {seconds / len(drawn):7.2f} s")  # fmt: skip
+    psnr = {name: np.mean(values, 0)[0] for name, values in found.items()}
+    whole = psnr["autoencoder alone"]
+    for name in ("edit-friendly DDPM", "Direct"):
+        assert abs(psnr[name] - whole) < 0.02, name
+    for name in ("null-text", "StyleDiffusion"):
+        assert whole - 3 < psnr[name] and psnr["negative-prompt"] < psnr[name] + 0.1, name
+    others = [v for name, v in psnr.items() if name not in ("DDIM, re-simulated", "SDEdit")]
+    assert psnr["DDIM, re-simulated"] < min(others)

@@ -1,0 +1,183 @@
+"""Preview Attention: what it draws, what it refuses, and that it shows the right run."""
+import io
+import json
+
+import joint
+import numpy
+import pytest
+import tiny
+import torch
+from comfy_extras.nodes_custom_sampler import DisableNoise, SamplerCustomAdvanced
+from comfyui_ledits.attention_hooks.seen import Seen
+from comfyui_ledits.attention_hooks.tokens import Tokens, Word
+from comfyui_ledits.demo.client import ComfyClient
+from comfyui_ledits.nodes import sampling, sockets
+from comfyui_ledits.nodes.preview import PreviewAttention, RecordAttention
+from PIL import Image
+
+SOURCE, TARGET = "a cat sits on a sofa", "a dog sits on a sofa"
+
+
+def by_hand(batch=1, steps=(0, 1, 2, 3), **masks):
+    """A `Seen` whose word "cat" looks at the upper left in the source, and "dog" at the lower right in the target."""
+    def tokens(text):
+        words = tuple(Word(w, (n + 1,)) for n, w in enumerate(text.split()))
+        return Tokens(text, (), (), (0, 77), words)
+
+    before, after = torch.full((batch, 2, 16, 16), 0.01), torch.full((batch, 2, 16, 16), 0.01)
+    before[:, 1, 2:5, 2:5], after[:, 1, 11:14, 11:14] = 0.5, 0.5
+    seen = Seen(len(steps), (128, 128), torch.zeros(batch, 4, 16, 16), (tokens("a cat"), tokens("a dog")),
+                {step: (before, after) for step in steps}, **masks)  # fmt: skip
+    return {"samples": torch.zeros(batch, 4, 16, 16), sockets.SEEN: seen}
+
+
+def hot(picture):
+    """Places (y, x) of the brightest colour in a picture [H, W, 3]."""
+    return (picture - torch.tensor([255, 250, 220]) / 255).abs().amax(-1).lt(0.04).nonzero()
+
+
+def test_the_table_shows_words_beside_each_other():
+    picture = PreviewAttention.execute(by_hand(), "cat, dog", "average")[0][0]
+    places = hot(picture)
+    left = places[places[:, 1] < 500].float()  # the source's column: cat only
+    right = places[places[:, 1] > 500].float()
+    assert len(left) > 300 and len(right) > 300
+    assert right[:, 0].mean() > left[:, 0].mean() + 300  # the second row, and lower in it
+    spot = left.mean(0), left.amax(0) - left.amin(0)
+    assert (spot[1] - 3 / 16 * 300).abs().max() < 20  # three of sixteen cells of a picture of 300 pixels
+    x = left[:, 1].mean() - (36 + 190)
+    assert abs(x - 3.5 / 16 * 300) < 8
+    one = PreviewAttention.execute(by_hand(), "cat", "average")[0][0]
+    assert len(hot(one)[hot(one)[:, 1] > 500]) == 0  # not in the target prompt
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_steps_beside_each_other(batch):
+    picture, *_ = PreviewAttention.execute(by_hand(batch, steps=tuple(range(20))), "cat", "by step").args
+    assert picture.shape[0] == batch
+    columns = hot(picture[0])[:, 1].unique()
+    assert (columns.diff() > 20).sum() == 7  # eight steps of twenty
+
+
+def test_masks_are_drawn_as_they_are():
+    mask = torch.zeros(1, 16, 16, dtype=torch.bool)
+    mask[:, :8, :8] = True
+    latent = by_hand(blend={1: mask, 3: mask})
+    with_mask = PreviewAttention.execute(latent, "cat", "average")[0][0]
+    white = (with_mask > 0.999).all(-1).nonzero()
+    size = white.amax(0) - white.amin(0) + 1
+    assert abs(int(size[0]) - 150) < 3 and abs(int(size[1]) - 150) < 3  # a quarter of 300 x 300
+    drawn = PreviewAttention.execute(latent, "cat", "by step")[0][0]
+    columns = (drawn > 0.999).all(-1).nonzero()[:, 1].unique()
+    assert (columns.diff() > 20).sum() >= 1
+
+
+def test_attention_is_drawn_over_the_pictures():
+    green = torch.zeros(1, 128, 128, 3)
+    green[..., 1] = 1
+    seen = by_hand()
+    assert not _greenish(PreviewAttention.execute(seen, "cat", "average")[0][0])
+    assert _greenish(PreviewAttention.execute(seen, "cat", "average", image=green)[0][0])
+    assert not _greenish(PreviewAttention.execute(seen, "cat", "average", edited_image=green)[0][0])  # cat is the source's
+    assert _greenish(PreviewAttention.execute(seen, "dog", "average", edited_image=green)[0][0])
+
+
+def _greenish(picture):
+    return ((picture[..., 1] > 0.4) & (picture[..., 0] < 0.1)).sum() > 10_000
+
+
+def test_the_words_of_an_edit_are_all_shown_where_none_are_named():
+    every = PreviewAttention.execute(by_hand(), "", "average")[0]
+    assert every.shape[1] == PreviewAttention.execute(by_hand(), "a, cat, dog", "average")[0].shape[1]
+
+
+@pytest.mark.parametrize("words, match", [
+    ("horse", "'horse' is in neither prompt. Source: 'a cat'. Target: 'a dog'"),
+    ("cat, red hat", "'red hat' is in neither"),
+])
+def test_a_word_that_is_not_there_is_named(words, match):
+    with pytest.raises(ValueError, match=match):
+        PreviewAttention.execute(by_hand(), words, "average")
+
+
+def test_what_was_not_recorded_is_said():
+    latent = by_hand()
+    with pytest.raises(ValueError, match="no attention to see.*Record Attention"):
+        PreviewAttention.execute({"samples": latent["samples"]}, "", "average")
+    mask = torch.ones(1, 16, 16, dtype=torch.bool)
+    masks_only = Seen(4, (128, 128), latent["samples"], blend={3: mask})
+    PreviewAttention.execute(latent | {sockets.SEEN: masks_only}, "", "average")
+    with pytest.raises(ValueError, match="put Record Attention"):
+        PreviewAttention.execute(latent | {sockets.SEEN: masks_only}, "cat", "average")
+
+
+def test_with_sampler_custom_advanced():
+    model = tiny.model()
+    path, words, empty = joint.path(model, 3), joint.prompts("sd1", SOURCE, TARGET), joint.negative("sd1")
+    attention = RecordAttention.execute(words).args[0]
+    with torch.inference_mode():
+        sampler, sigmas = sampling.LeditsSamplerNode.execute(path, 0, attention=attention).args
+        x_T = {"samples": path.latent_format.process_out(path.latents[0])}
+        noise, = DisableNoise.execute().args
+        results = []
+        for cfg in (7.5, 1.5):
+            guider = sampling.LeditsGuiderNode.execute(model, words.target, empty, cfg).args[0]
+            results.append(SamplerCustomAdvanced.execute(noise, guider, sampler, sigmas, x_T).args[0])
+            shown = PreviewAttention.execute(results[-1], "sofa", "average", sampler=sampler)
+            one = sampling.LeditsKSampler.execute(model, words.target, empty, path, cfg, 0, attention=attention).args[0]
+            assert torch.allclose(PreviewAttention.execute(one, "sofa", "average")[0], shown[0], atol=1 / 255)
+        with pytest.raises(ValueError, match="did not make this latent"):
+            PreviewAttention.execute(results[0], "sofa", "average", sampler=sampler)
+        other = sampling.LeditsSamplerNode.execute(path, 0).args[0]
+        with pytest.raises(ValueError, match="no attention to see"):
+            PreviewAttention.execute(results[0], "sofa", "average", sampler=other)
+
+
+def test_in_a_server(server_url):
+    """The right run is shown: again after a change of the edit, and not when only the words change."""
+    client = ComfyClient(server_url)
+
+    def node(kind, **inputs):
+        return {"class_type": kind, "inputs": inputs}
+
+    def graph(cfg, words, **more):
+        return {
+            "model": node("LEDITS_LoadDemoModel"),
+            "words": node("LEDITS_EditPrompts", clip=["model", 1], source="a red star on sand", target="a blue star on sand",
+                          mapping="auto"),
+            "empty": node("CLIPTextEncode", text="", clip=["model", 1]),
+            "picture": node("EmptyImage", width=128, height=128, batch_size=1, color=0x3070C0),
+            "encoded": node("VAEEncode", pixels=["picture", 0], vae=["model", 2]),
+            "inversion": node("LEDITS_EditFriendlyInversion", model=["model", 0], positive=["words", 0], negative=["empty", 0],
+                              latent=["encoded", 0], cfg=1.0, steps=5, scheduler="ddim_uniform", eta=1.0, seed=0),
+            "p2p": node("LEDITS_PromptToPrompt", prompts=["words", 2], cross_replace_steps=0.8, self_replace_steps=0.4,
+                        blend_words="star", threshold=0.8),
+            "record": node("LEDITS_RecordAttention", prompts=["words", 2], attention=["p2p", 0]),
+            "edit": node("LEDITS_KSampler", model=["model", 0], positive=["words", 1], negative=["empty", 0], cfg=cfg, skip=0,
+                         inversion=["inversion", 0], attention=["record", 0]),
+            "preview": node("LEDITS_PreviewAttention", latent=["edit", 0], words=words, view="by step"),
+            "mask": node("MaskToImage", mask=["preview", 1]),
+            "kept": node("PreviewImage", images=["mask", 0]),
+        } | more  # fmt: skip
+
+    def run(*args, **more):
+        outputs = client.run(graph(*args, **more))["outputs"]
+        picture, mask = (client.fetch(outputs[name]["images"][0]) for name in ("preview", "kept"))
+        return [numpy.asarray(Image.open(io.BytesIO(raw)).convert("RGB")) for raw in (picture, mask)], outputs
+
+    (first, mask), _ = run(7.5, "star, sand")
+    assert mask.shape == (128, 128, 3) and set(numpy.unique(mask)) <= {0, 255}
+    (second, _), outputs = run(2.0, "star, sand")
+    assert "edit" in outputs
+    assert first.shape == second.shape and not numpy.array_equal(first, second)
+    (again, same_mask), _ = run(7.5, "star, sand")
+    assert numpy.array_equal(first, again) and numpy.array_equal(mask, same_mask)
+    (other, _), outputs = run(7.5, "blue")
+    assert "edit" not in outputs and other.shape[0] < first.shape[0]
+    with pytest.raises(Exception, match="'horse' is in neither prompt"):
+        run(7.5, "horse")
+    more = {"pose": node("MaskToImage", mask=["preview", 2]), "shown": node("PreviewImage", images=["pose", 0])}
+    _, outputs = run(7.5, "star", **more)
+    assert "shown" not in outputs  # there is no such mask; the rest of the workflow goes on
+    information = json.loads(client.ask("/object_info/LEDITS_PreviewAttention"))["LEDITS_PreviewAttention"]
+    assert information["output_node"] and len(information["output_tooltips"]) == 4
