@@ -1,4 +1,4 @@
-"""Every example workflow in the real frontend, in both of its looks: loaded, compared with its file, and run.
+"""Every example workflow in the real frontend, in both of its looks: loaded, compared with its file, and run in few steps.
 
 Not part of the plain tests, as it needs a Chromium (see chromium.py): `python dev.py test tests/browser/check_workflows.py`
 Screenshots to look at are left in .dev/browser.
@@ -19,11 +19,14 @@ import dev
 sys.path.append(str(Path(__file__).parent))
 
 import chromium
+from comfyui_ledits.demo import workflow as workflows
 
 WORKFLOWS = sorted((dev.ROOT / "example_workflows").glob("*.json"))
+BLUEPRINTS = sorted((dev.ROOT / "subgraphs").glob("*.json"))
 LOOKS = ("canvas", "nodes 2.0")
 SHOTS = dev.DEV / "browser"
 CHECKPOINTS = {"CheckpointLoaderSimple"}  # their files are the user's
+SHORT = {"steps": 4, "inner_steps": 1, "first_steps": 1, "skip": 0}  # for the test of running
 
 # Nodes with their title bar, as the frontend drew them: [title, type, x, y, right, bottom]
 BOXES = """app.graph.nodes.map(n => [n.title, n.type, n.pos[0], n.pos[1] - LiteGraph.NODE_TITLE_HEIGHT,
@@ -36,12 +39,11 @@ UNKNOWN = "app.graph.nodes.filter(n => !LiteGraph.registered_node_types[n.type])
 
 @pytest.fixture(scope="session")
 def url(server_url):
-    """The server, with the pictures of the workflows in its input folder."""
+    """The server, with ComfyUI's own example picture in its input folder."""
     if not chromium.program():
         pytest.fail("These tests need a Chromium: install chromium or Chrome, or set CHROMIUM to the program.")
     stock = Path(sys.modules["comfy"].__path__[0]).parent / "input" / "example.png"
-    for picture in (*(dev.ROOT / "demo" / "images").glob("*.png"), stock):
-        upload(server_url, picture)
+    upload(server_url, stock)
     return server_url
 
 
@@ -127,6 +129,8 @@ def test_it_runs_and_the_pictures_arrive(page, workflow, url):
         problems = node_errors(url, prompt)  # all that is missing is the checkpoint
         assert {problem["class_type"] for problem in problems.values()} <= CHECKPOINTS
         return
+    page.run(f"""((short) => app.graph.nodes.forEach(n => n.widgets?.forEach(w => {{
+        if (w.name in short) w.value = short[w.name]; }})))({json.dumps(SHORT)})""")
     page.run("delete app.__ended; for (const end of ['execution_success', 'execution_error'])"
              " app.api.addEventListener(end, e => app.__ended = {end, ...e.detail}, {once: true}); app.queuePrompt(0).then(() => 0)")
     ended = page.wait("app.__ended", 300)
@@ -140,6 +144,28 @@ def test_it_runs_and_the_pictures_arrive(page, workflow, url):
         }})()""", 20)
     page.run("new Promise(drawn => setTimeout(drawn, 1000))")
     page.screenshot(SHOTS / f"{page.file.stem}, {page.look}, done.png")
+
+
+@pytest.mark.parametrize("page", [(look, WORKFLOWS[0]) for look in LOOKS], ids=LOOKS, indirect=True)
+@pytest.mark.parametrize("blueprint", BLUEPRINTS, ids=lambda path: path.stem)
+def test_blueprints_open_with_their_values(page, blueprint, url):
+    """A blueprint on the canvas: one node with the widgets it promises, which reach the nodes inside."""
+    made = json.loads(blueprint.read_text("utf-8"))
+    page.run(f"app.loadGraphData({json.dumps(made)}, true, true, null).then(() => new Promise(drawn => setTimeout(drawn, 1500)))")
+    assert page.run(UNKNOWN) == []
+    slots = made["nodes"][0]["inputs"]
+    names = [slot["name"] for slot in slots if "widget" in slot]
+    assert page.run("app.graph.nodes[0].inputs.map(i => i.name)") == [slot["name"] for slot in slots]
+    assert page.run("app.graph.nodes[0].widgets.map(w => w.name)") == names
+    with urllib.request.urlopen(url + "/object_info") as answer:
+        expected = workflows.to_prompt(made, json.load(answer))
+    prompt = page.run("app.graphToPrompt().then(made => made.output)")
+    assert {key: node["inputs"] for key, node in prompt.items()} == {key: node["inputs"] for key, node in expected.items()}
+    # what is typed into the node arrives inside
+    page.run("app.graph.nodes[0].widgets[0].value = 'typed'")
+    assert "typed" in json.dumps(page.run("app.graphToPrompt().then(made => made.output)"))
+    page.run("app.extensionManager.command.execute('Comfy.Canvas.FitView').then(() => new Promise(d => setTimeout(d, 1000)))")
+    page.screenshot(SHOTS / f"{blueprint.stem}, {page.look}.png")
 
 
 def node_errors(url, prompt):

@@ -1,14 +1,16 @@
 """Make the thumbnails of the example workflows and the README's picture, by really running them.
 
     python dev.py serve --port 8188                                       # in one terminal
-    .venv/bin/python tests/browser/thumbnails.py http://127.0.0.1:8188    # in another
+    .venv/bin/python tests/browser/thumbnails.py http://127.0.0.1:8188    # in another; numbers of workflows may follow
 
 Workflows of the demo model are run, and their source and edit shown side by side. Those that need a checkpoint are
 shown as the frontend draws them, which needs a Chromium (see chromium.py).
 """
 import io
 import json
+import re
 import sys
+import textwrap
 from pathlib import Path
 
 import chromium
@@ -17,7 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from demo import pictures, sheet, workflow
+from demo import sheet, workflow
 from demo.client import ComfyClient
 
 ROOT = Path(sys.path[0])
@@ -35,30 +37,70 @@ def caption(pen, middle, top, text, size=22):
 
 def run(client, prompt):
     """{title of a node: its picture} of a prompt, and the words that made it: {title: text}."""
-    for name in {node["inputs"]["image"] for node in prompt.values() if node["class_type"] == "LoadImage"}:
-        client.upload(pictures.FOLDER / name)
     outputs, found, words = client.run(prompt)["outputs"], {}, {}
     for key, node in prompt.items():
         title = node["_meta"]["title"]
-        words[title] = node["inputs"].get("text", node["inputs"].get("prompt"))
+        words[title] = next((node["inputs"][name] for name in ("text", "prompt", "target") if name in node["inputs"]), None)
         for file in outputs.get(key, {}).get("images", []):
             found[title] = Image.open(io.BytesIO(client.fetch(file))).convert("RGB")
     return found, words
 
 
-def label(words):
+def label(words, otherwise=""):
     """What asked for the edit, in a line or two."""
-    target = words.get("Target prompt")
-    return f"{target.split(' on ')[0]},\n{words['Concept']}" if target else words["Concept"]
+    target = words.get("Target prompt") or words.get("Edit Prompts")
+    asked = [target.split(" on ")[0] if isinstance(target, str) else None, words.get("Concept")]
+    return "\n".join(textwrap.wrap(", ".join(filter(None, asked)) or otherwise, 22))
 
 
-def side_by_side(found, words):
+def side_by_side(source, edit, text):
     page, pen = blank()
-    for middle, title, text in ((SIDE // 4, "Source", "source"), (3 * SIDE // 4, "Save edit", label(words))):
-        picture = found[title].resize((240, 240), Image.Resampling.LANCZOS)
-        page.paste(picture, (middle - 120, 110))
-        caption(pen, middle, 366, text)
+    for middle, picture, below in ((SIDE // 4, source, "source"), (3 * SIDE // 4, edit, text)):
+        page.paste(picture.resize((240, 240), Image.Resampling.LANCZOS), (middle - 120, 110))
+        caption(pen, middle, 366, below)
     return page
+
+
+def alone(picture, text):
+    """One picture as large as it fits, over its words."""
+    page, pen = blank()
+    scale = min((SIDE - 24) / picture.width, (SIDE - 84) / picture.height)
+    picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.LANCZOS)
+    page.paste(picture, ((SIDE - picture.width) // 2, (SIDE - 60 - picture.height) // 2))
+    caption(pen, SIDE // 2, SIDE - 60, text)
+    return page
+
+
+def grid(found):
+    """Several small pictures with their titles."""
+    page, pen = blank()
+    columns = 3
+    cell, rows = SIDE // columns, -(-len(found) // columns)
+    for k, (title, picture) in enumerate(found.items()):
+        x, y = k % columns * cell, (SIDE - rows * cell) // 2 + k // columns * cell
+        page.paste(picture.resize((cell - 40, cell - 40), Image.Resampling.LANCZOS), (x + 20, y + 4))
+        caption(pen, x + cell // 2, y + cell - 32, title, 15)
+    return page
+
+
+def thumbnail(found, words, name):
+    """What a run of a workflow has to show for itself.
+
+    Args:
+        found: {title of a node: its picture}.
+        words: {title of a node: its text}.
+        name: of the workflow, without its number and model.
+    """
+    edit = found.get("Save edit")
+    source = found.get("Source") or found.get("Source picture")
+    for title in ("Preview Attention", "Inspect Inversion"):
+        if title in found:
+            return alone(found[title], name)
+    if edit and source and edit.size == source.size:
+        return side_by_side(source, edit, label(words, name.split(", ")[-1]))
+    if edit:
+        return alone(edit, name)
+    return grid({title: picture for title, picture in found.items() if title != "Source picture"})
 
 
 def graph(page, path, url):
@@ -84,22 +126,26 @@ def graph(page, path, url):
     return square
 
 
-def main(url):
+def main(url, *numbers):
     client = ComfyClient(url)
     info, cells = client.object_info(), []
     for path in sorted((ROOT / "example_workflows").glob("*.json")):
+        if numbers and path.stem[:2] not in numbers:
+            continue
         print(path.stem, flush=True)
         if any(node["type"] == "CheckpointLoaderSimple" for node in json.loads(path.read_text("utf-8"))["nodes"]):
             with chromium.Page((2560, 1440)) as page:
                 picture = graph(page, path, url)
         else:
             found, words = run(client, workflow.to_prompt(workflow.read(path), info))
-            picture = side_by_side(found, words)
-            if "Save reconstruction" in found:
+            picture = thumbnail(found, words, re.sub(r"^\d+ | \(.*\)$", "", path.stem))
+            if "Save reconstruction" in found and path.stem[:2] in ("01", "02"):
                 steps = [("source", "Source"), ("reconstruction", "Save reconstruction")] if not cells else []
                 steps += [(label(words).replace("\n", " "), "Save edit")]
                 cells += [(text, np.asarray(found[title], np.float32) / 255) for text, title in steps]
         picture.save(path.with_suffix(".jpg"), quality=88)
+    if len(cells) < 4:
+        return
     heads = ["source", "reconstruction", "concept alone", "prompt and concept"]
     sheet.draw(heads, [[("", picture) if text in heads else (text, picture) for text, picture in cells]]).save(
         ROOT / "web" / "images" / "edit.jpg", quality=88)
