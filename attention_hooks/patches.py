@@ -55,6 +55,22 @@ def check_tokens(q, rows, extra):
         )
 
 
+def check_caches(options):
+    """Refuse what leaves out evaluations of the U-Net by itself: nothing could be captured in those.
+
+    (LazyCache leaves out whole predictions of the sampler, which the source pass does not go through.)
+
+    Raises:
+        ValueError: what to do.
+    """
+    kind = comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL
+    if "easycache" in options.get("transformer_options", {}).get("wrappers", {}).get(kind, {}):
+        raise ValueError(
+            "EasyCache on the model leaves out evaluations, also of the source, whose attention is needed in every step. "
+            "Bypass it while attention control is connected, or use LazyCache."
+        )
+
+
 class FeatureWrapper:
     """A DIFFUSION_MODEL wrapper that sees residual-branch outputs: `work(block, h, transformer_options)`.
 

@@ -99,6 +99,13 @@ class AttentionRun(SourcePass):
                     f"({'.'.join(map(str, slot.key))} {slot.site}, {slot.branch}). Capture it with the same controls, "
                     "windows and skip, or with all_steps."
                 )
+            for slot in sorted(self.needs(step)):
+                has, own = store.shape(self.start + step, slot), self.shape(slot)
+                if not _fits(has, own, slot):
+                    raise ValueError(
+                        f"The attention store holds a tensor of {list(has)} for {'.'.join(map(str, slot.key))} {slot.site} "
+                        f"{slot.name}, where this model has {list(own)}: it is damaged. Capture it again."
+                    )
 
     def source_steps(self):
         """How many steps the source pass has to capture in all."""
@@ -170,8 +177,19 @@ class AttentionRun(SourcePass):
         patches.check_tokens(q, self.batch * len(extra["cond_or_uncond"]), extra)
 
     def _fetch(self, site, layer, like):
+        """`(branch, name) -> tensor` of the source at this step; `like` is the target's q of the layer, or its feature."""
         i = self.start + self._step
-        return lambda branch, name: _usable(self.store.get(i, self.slot(branch, site, layer, name), like))
+
+        def fetch(branch, name):
+            tensor = _usable(self.store.get(i, self.slot(branch, site, layer, name), like))
+            if name in "qh" and tensor.shape[1:] != like.shape[1:]:
+                raise ValueError(
+                    f"The source's {layer.name} {site} {name} is {list(tensor.shape[1:])}, the target's {list(like.shape[1:])}: "
+                    "the model's patches are not those that the attention store was captured with. Capture it again."
+                )
+            return tensor
+
+        return fetch
 
     def _self_attention(self, layer, q, k, v, extra, previous):
         def attention(q, k, v, chunks):
@@ -246,6 +264,13 @@ class AttentionRun(SourcePass):
         parts = {name: value for bound in self.bound for name, value in bound.seen().items()}
         scale = getattr(self.path.latent_format, "spacial_downscale_ratio", 8)
         return Seen(self.steps, tuple(side * scale for side in self.size), y.cpu(), **parts) if parts else None
+
+
+def _fits(has, own, slot):
+    """Whether a tensor's shape can be a slot's; patches that scale features within the U-Net change height and width."""
+    if slot.site == "feature":
+        return len(has) == 4 and has[:2] == own[:2]
+    return len(has) == 3 and (has[0], has[2]) == (own[0], own[2]) and (slot.name != "k" or slot.site == "attn1" or has == own)
 
 
 def _usable(tensor):

@@ -66,12 +66,14 @@ class SourcePass:
         steps_at_once: steps in one call; 0 chooses by memory.
 
     Raises:
-        ValueError: another kind of model, unknown blocks or words, or source prompts that do not fit.
+        ValueError: another kind of model, a patch that skips evaluations, unknown blocks or words, or source prompts that
+            do not fit.
     """
 
     def __init__(self, controls, guider, path, start, steps, options, latent_image=None, denoise_mask=None, store=None,
                  batch_levels=True, steps_at_once=0):  # fmt: skip
         require_cross(controls)
+        patches.check_caches(options)
         self.controls, self.guider, self.path, self.start, self.steps = tuple(controls), guider, path, start, steps
         self.options, self.batch_levels, self.steps_at_once = options, batch_levels, steps_at_once
         self.model, self.device = guider.inner_model, guider.model_patcher.load_device
@@ -159,17 +161,19 @@ class SourcePass:
     def _words(self, branch):
         return self.entry(branch)["model_conds"]["c_crossattn"].cond
 
+    def shape(self, slot):
+        """Of a slot's tensor: [B, tokens, width], or [B, width, h, w] of a feature. A model's patches may change the grid."""
+        feature = slot.site == "feature"
+        layer = next(x for x in (self.layout.resblocks if feature else self.layout.layers) if x.key == slot.key)
+        grid = layer.grid(self.size)
+        if feature:
+            return self.batch, layer.width, *grid
+        words = slot.site == "attn2" and slot.name == "k"
+        return self.batch, self._words(slot.branch).shape[1] if words else math.prod(grid), layer.width
+
     def nbytes(self, slots, itemsize):
         """Memory that the slots of one step take."""
-        of = {x.key: x for x in self.layout.layers}, {x.key: x for x in self.layout.resblocks}
-        total = 0
-        for slot in slots:
-            layer = of[slot.site == "feature"][slot.key]
-            tokens = math.prod(layer.grid(self.size))
-            if slot.site == "attn2" and slot.name == "k":
-                tokens = self._words(slot.branch).shape[1]
-            total += self.batch * tokens * layer.width * itemsize
-        return total
+        return sum(math.prod(self.shape(slot)) * itemsize for slot in slots)
 
     def ahead(self, first, needs=None):
         """Pairs (step, slots) to evaluate in one call, from an executed step on.
@@ -208,6 +212,9 @@ class SourcePass:
 
         Args:
             wanted: pairs (position, slots).
+
+        Raises:
+            ValueError: something of it did not run.
         """
         everything = set().union(*(slots for _, slots in wanted))
         branches = sorted({slot.branch for slot in everything}, reverse=True)
@@ -247,6 +254,12 @@ class SourcePass:
         if hasattr(self.guider, "rows"):
             self.guider.rows += len(y) * len(branches)
         comfy.samplers.calc_cond_batch(self.model, [[self.entry(b)] for b in branches], y, sigma, options)
+        missing = [slot for step, slots in wanted for slot in sorted(slots) if not self.store.has(self.start + step, slot)]
+        if missing:
+            raise ValueError(
+                f"The source's attention could not be captured ({'.'.join(map(str, missing[0].key))} {missing[0].site}): a "
+                "patch on the model skips or replaces parts of the U-Net. Bypass it while attention control is connected."
+            )
 
 
 def _plain(entry):

@@ -81,6 +81,10 @@ class AttentionStore:
     def has(self, step, slot):
         return slot in self._steps.get(step, ())
 
+    def shape(self, step, slot):
+        """Shape of a tensor that is held."""
+        return tuple(self._steps[step][slot].shape)
+
     def drop(self, step):
         """Forget a step."""
         self._steps.pop(step, None)

@@ -9,8 +9,11 @@ import comfy.model_management
 import folder_paths
 from comfy_api.latest import io, ui
 
+from ..demo.loader import DemoLatent
 from ..samplers import inversion_file, latent_formats
 from . import sockets
+
+latent_formats.register(DemoLatent)
 
 CATEGORY = "LEDITS/inversion"
 DTYPES = ["float32", "float16"]

@@ -1,12 +1,16 @@
-"""A latent format of ComfyUI as plain values for a file, and back. Nothing but the classes listed here is ever made."""
+"""A latent format as plain values for a file, and back. Nothing but ComfyUI's classes and registered ones is ever made."""
 
 import comfy.latent_formats
 import torch
 
-from ..demo.loader import DemoLatent
-
 # What instances of one class differ in; everything else belongs to the class.
 _STATE = ("scale_factor", "latent_rgb_factors", "latent_rgb_factors_bias")
+_own = {}  # classes of this pack by name, see `register`
+
+
+def register(cls):
+    """Let files hold latents of a class of this pack, under its name; it is made without arguments."""
+    _own[cls.__name__] = cls
 
 
 def describe(latent_format):
@@ -74,7 +78,7 @@ def equal(a, b):
 def _classes():
     base = comfy.latent_formats.LatentFormat
     stock = {n: c for n, c in vars(comfy.latent_formats).items() if isinstance(c, type) and issubclass(c, base)}
-    return stock | {"DemoLatent": DemoLatent}
+    return stock | _own
 
 
 def _colour(value):

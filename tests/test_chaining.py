@@ -10,7 +10,9 @@ import pytest
 import tiny
 import torch
 from chain_parts import CFG, CONTROLS, EDITS, LINKS, ON_TARGET, SIDE, Watch, linked, plain, scene
+from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_differential_diffusion import DifferentialDiffusion
+from comfy_extras.nodes_easycache import EasyCacheNode
 from comfy_extras.nodes_hypertile import HyperTile
 from comfy_extras.nodes_pag import PerturbedAttentionGuidance
 
@@ -211,6 +213,29 @@ def test_patches_that_tile_the_tokens_are_refused_with_a_sentence(edit):
     own = dataclasses.replace(parts, model=model)
     with pytest.raises(ValueError, match="HyperTile.*tokens.*[Bb]ypass"):
         own.edit(edit)
+
+
+@pytest.mark.parametrize("edit", CONTROLS)
+def test_a_cache_that_skips_the_u_net_is_refused_before_it_runs(edit):
+    parts = scene()
+    own = dataclasses.replace(parts, model=EasyCacheNode.execute(parts.model, 0.2, 0.0, 1.0, False)[0])
+    with Watch(own) as watch, pytest.raises(ValueError, match="EasyCache.*Bypass it"):
+        own.edit(edit)
+    assert not watch.rows
+
+
+def test_a_source_that_does_not_run_is_refused_with_a_sentence():
+    """What a pack's own cache does: the network is asked once, and its answer given again."""
+    parts, known = scene(), []
+
+    def remember(executor, *args, **kwargs):
+        known[:] = known or [executor(*args, **kwargs)]
+        return known[0][: len(args[0])]
+
+    model = parts.model.clone()
+    model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "cache", remember)
+    with pytest.raises(ValueError, match="could not be captured.*Bypass it"):
+        dataclasses.replace(parts, model=model).edit("pnp")
 
 
 # --- denoise masks --------------------------------------------------------------------------------------------------

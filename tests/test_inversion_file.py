@@ -13,6 +13,7 @@ import safetensors
 import safetensors.torch
 import torch
 from comfyui_ledits.demo.loader import DemoLatent
+from comfyui_ledits.nodes import files  # noqa: F401  it registers the demo model's latents
 from comfyui_ledits.samplers import inversion_file, latent_formats
 from records import record, saved
 

@@ -16,7 +16,8 @@ import dev
 WORKFLOWS = sorted((dev.ROOT / "example_workflows").glob("*.json"))
 BLUEPRINTS = sorted((dev.ROOT / "subgraphs").glob("*.json"))
 DEMO = [path for path in WORKFLOWS if "(demo model)" in path.stem]
-FILES = {"CheckpointLoaderSimple", "LoadImage", "LEDITS_LoadInversion", "LEDITS_LoadAttentionStore"}  # they name files of the user's
+FILES = {"CheckpointLoaderSimple", "LoraLoader", "ControlNetLoader", "LoadImage", "LEDITS_LoadInversion",
+         "LEDITS_LoadAttentionStore"}  # they name files of the user's
 NOTE, TITLE = "MarkdownNote", 30  # height of a title bar
 # what makes runs short: inputs of any node that has them
 SHORT = {"steps": 4, "skip": 1, "inner_steps": 1, "first_steps": 1}
