@@ -7,6 +7,7 @@ need no network.
 COMFYUI_PATH     use this ComfyUI as it is instead of unpacking one; its models, settings and outputs are left alone
 COMFYUI_PYTHON   with COMFYUI_PATH: the Python that runs it, used as it is instead of a .venv
 COMFYUI_VERSION  which ComfyUI to unpack
+CHROMIUM         the browser for `test --browser`, where it is not on the PATH
 """
 import collections
 import contextlib
@@ -44,6 +45,13 @@ PACKAGES = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0", "pytes
             "diffusers==0.42.1; python_version >= '3.11'", "torchmetrics==1.9.0", "distributed==2026.8.0")
 # PyPI's torch for Linux brings the CUDA libraries along.
 INSTALL_GB, NEEDED_GB = (6, 9) if sys.platform == "linux" else (2, 4)
+
+# A pattern and not the file's name, as pytest drops a file that is named beside its folder.
+BROWSER_TESTS = ("tests/browser", "-o", "python_files=test_*.py check_*.py")
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "msedge", "microsoft-edge",
+            "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
+            r"C:\Program Files\Google\Chrome\Application\chrome.exe",
+            r"C:\Program Files (x86)\Microsoft\Edge\Application\msedge.exe")
 
 NETWORK_SIGNS = ("connection broken by", "Failed to establish a new connection", "name resolution", "Max retries",
                  "getaddrinfo failed", "timed out", "Could not fetch URL", "(from versions: none)")
@@ -298,6 +306,27 @@ def share_pictures(base):
             shutil.copyfile(picture, copy)
 
 
+def chromium():
+    """The browser for the browser tests, or None."""
+    given = os.environ.get("CHROMIUM")
+    if given and not shutil.which(given):
+        raise Stop(f"CHROMIUM is {given}, which is not a program: set it to a Chromium or Chrome, or unset it.")
+    return next(filter(None, map(shutil.which, [given] if given else BROWSERS)), None)
+
+
+def install_chromium():
+    """Debian's package where that needs no more rights than there are."""
+    advice = "install Chromium or Chrome, or set CHROMIUM to the program"
+    if not (shutil.which("apt-get") and os.geteuid() == 0):
+        hint = " (on Debian: `sudo apt-get install chromium`)" if shutil.which("apt-get") else ""
+        raise Stop(f"The browser tests need a Chromium: {advice}{hint}.")
+    run_logged(["apt-get", "update"], "The browser tests need a Chromium: asking apt-get ...")
+    _, output = run_logged(["apt-get", "install", "-y", "chromium"], "Installing it: some minutes, 0.5 GB ...")
+    if not chromium():
+        reason = last_line(output, "e:") or "no chromium came of it"
+        raise Stop(f"apt-get could not install chromium ({reason}): {advice}; the whole output is in {LOG}.")
+
+
 # --- running things -------------------------------------------------------------------------------------------------
 
 def run_logged(command, doing):
@@ -448,13 +477,18 @@ def demo(arguments):
 
 
 def test(arguments):
-    """run the tests; more arguments go to pytest"""
+    """run the tests, with --browser also those in a real browser; more arguments go to pytest"""
     home = set_up()
+    browser = "--browser" in arguments
+    if browser and not chromium():
+        install_chromium()
     if os.environ.get("COMFYUI_PYTHON") and subprocess.call([str(home.python), "-c", "import pytest"]):
         raise Stop(f"The tests need pytest: install it with `{home.python} -m pip install pytest`, or unset "
                    "COMFYUI_PYTHON to have an environment made here.")
+    arguments = [argument for argument in arguments if argument != "--browser"]
     chosen = any(argument.startswith("tests/") for argument in arguments)
-    return run_inside(home, "-m", "pytest", "-c", "tests/pytest.ini", *([] if chosen else ["tests"]), *arguments)
+    return run_inside(home, "-m", "pytest", "-c", "tests/pytest.ini", *([] if chosen else ["tests"]),
+                      *(BROWSER_TESTS if browser else []), *arguments)
 
 
 def serve(arguments):

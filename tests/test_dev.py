@@ -94,6 +94,25 @@ def test_the_exit_code_and_arguments_of_pytest_are_passed_through(ready):
     assert "pytest got ['-c', 'tests/pytest.ini', 'tests', '-k', 'demo']" in output
 
 
+@pytest.mark.parametrize(("asked", "chosen"), [([], ["tests"]), (["tests/test_sega.py"], [])])
+def test_browser_adds_the_browser_tests_to_what_is_asked(ready, asked, chosen):
+    code, output, _ = ready.run("test", "--browser", *asked, online=False, CHROMIUM=sys.executable)
+    assert code == 3
+    assert f"pytest got {['-c', 'tests/pytest.ini', *chosen, *dev.BROWSER_TESTS, *asked]}" in output
+
+
+@pytest.mark.parametrize("asked", ["tests", "tests/test_it.py"])
+def test_pytest_collects_the_browser_tests_beside_the_others(tmp_path, asked):
+    for name in ("browser/check_it.py", "test_it.py"):
+        file = tmp_path / "tests" / name
+        file.parent.mkdir(exist_ok=True, parents=True)
+        file.write_text("def test(): pass")
+    process = subprocess.run([sys.executable, "-m", "pytest", "--collect-only", "-q", asked, *dev.BROWSER_TESTS],
+                             check=False, cwd=tmp_path, capture_output=True, text=True)
+    assert {line for line in process.stdout.splitlines() if "::" in line} == {"tests/browser/check_it.py::test",
+                                                                            "tests/test_it.py::test"}
+
+
 def test_a_changed_requirement_is_installed_into_what_is_there(clone):
     clone.run("bench")
     make_wheel(clone.index, "extra", "1.0", __init__="")
@@ -146,6 +165,57 @@ def test_a_comfyui_of_the_user_is_used_as_it_is_and_the_python_when_asked(ready,
 def test_the_real_comfyui_starts_and_answers(server_url):
     with urllib.request.urlopen(server_url + "/system_stats") as answer:
         assert "comfyui_version" in json.load(answer)["system"]
+
+
+# --- the browser ----------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def no_browser(monkeypatch, tmp_path, clone):
+    """The clone's dev.py where no browser is to be found, and the only folder of the PATH."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", str(folder))
+    monkeypatch.delenv("CHROMIUM", raising=False)
+    module = clone.module()
+    monkeypatch.setattr(module, "BROWSERS", ("chromium",))
+    module.DEV.mkdir()
+    return module, folder
+
+
+def program(path, script):
+    path.write_text("#!/bin/sh\n" + script)
+    path.chmod(0o755)
+
+
+@posix
+@pytest.mark.parametrize("works", [True, False])
+def test_root_gets_a_chromium_from_apt(no_browser, monkeypatch, works):
+    module, folder = no_browser
+    made = f'echo > {folder}/chromium && /bin/chmod +x {folder}/chromium' if works else "echo E: No candidate; exit 100"
+    program(folder / "apt-get", f'[ "$*" != "install -y chromium" ] || {{ {made}; }}\n')
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    if works:
+        module.install_chromium()
+        assert module.chromium() == str(folder / "chromium")
+    else:
+        with pytest.raises(module.Stop, match="E: No candidate.*or set CHROMIUM"):
+            module.install_chromium()
+
+
+@posix
+def test_others_are_told_how_to_get_one(no_browser, monkeypatch):
+    module, folder = no_browser
+    with pytest.raises(module.Stop, match="CHROMIUM to the program.$"):
+        module.install_chromium()
+    program(folder / "apt-get", f"echo > {folder}/ran")
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    with pytest.raises(module.Stop, match="sudo apt-get install chromium"):
+        module.install_chromium()
+    assert not (folder / "ran").exists()
+
+
+def test_a_wrong_chromium_is_named(ready):
+    refused(ready.run("test", "--browser", online=False, CHROMIUM="no-such-browser"), "no-such-browser, which is not")
 
 
 # --- the link -------------------------------------------------------------------------------------------------------

@@ -1,11 +1,10 @@
 """A headless Chromium that opens the real frontend: Chrome DevTools Protocol over aiohttp, which ComfyUI brings.
 
-Any Chromium will do: `chromium`, `google-chrome` or `msedge` on the PATH, or the program in CHROMIUM.
+Any Chromium will do: see `chromium` in dev.py.
 """
 import asyncio
 import base64
 import os
-import shutil
 import subprocess
 import tempfile
 import time
@@ -13,14 +12,9 @@ from pathlib import Path
 
 import aiohttp
 
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "msedge", "microsoft-edge",
-         "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome")
+import dev
+
 READY = "window.app?.graph && window.app.extensionManager && window.LiteGraph?.registered_node_types.LEDITS_KSampler"
-
-
-def program():
-    """Path of a Chromium, or None."""
-    return next(filter(None, map(shutil.which, [os.environ.get("CHROMIUM") or "", *NAMES])), None)
 
 
 class Page:
@@ -38,7 +32,7 @@ class Page:
         self._folder = tempfile.TemporaryDirectory(prefix="ledits-chromium-", ignore_cleanup_errors=True)
         root = ["--no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
         self._process = subprocess.Popen(
-            [program(), "--headless=new", "--remote-debugging-port=0", f"--user-data-dir={self._folder.name}", *root,
+            [dev.chromium(), "--headless=new", "--remote-debugging-port=0", f"--user-data-dir={self._folder.name}", *root,
              f"--window-size={self.size[0]},{self.size[1]}", "--hide-scrollbars", "--no-first-run", "--disable-gpu",
              "--disable-dev-shm-usage", "--disable-extensions", "--no-proxy-server", "about:blank"],
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -61,7 +55,7 @@ class Page:
         port_file, end = Path(self._folder.name, "DevToolsActivePort"), time.monotonic() + 60
         while not (port_file.is_file() and port_file.read_text()):
             if self._process.poll() is not None or time.monotonic() > end:
-                raise RuntimeError(f"{program()} did not start.")
+                raise RuntimeError(f"{dev.chromium()} did not start.")
             await asyncio.sleep(0.1)
         url = f"http://127.0.0.1:{port_file.read_text().split()[0]}/json/list"
         self._session = aiohttp.ClientSession()
