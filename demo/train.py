@@ -32,7 +32,7 @@ def parse():
     parser.add_argument("--vae-whole-steps", type=int, default=1500)
     parser.add_argument("--decoder-steps", type=int, default=1500)
     parser.add_argument("--pool", type=int, default=12_000, help="training pictures")
-    parser.add_argument("--unet-steps", type=int, default=12_000)
+    parser.add_argument("--unet-steps", type=int, default=9000)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--save-every", type=int, default=500)

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -62,13 +63,21 @@ def follow(args, rank):
 
 
 def thing_weights(pool):
-    """Weights of the loss, float32 [pool, 1, 16, 16]: 5 on things and around them, 1 elsewhere, mean 1.
+    """Weights of the loss, float32 [pool, 1, 16, 16]: 4 on things and around them, up to 16 where the outline tells a
+    thing's kind from the others, 1 elsewhere; mean 1.
 
-    The ground is most of the picture and soon learned; the kind of a thing is in its outline.
+    The ground is most of the picture and soon learned; a kind is in a few places of its outline.
     """
     side = nets.SIDE // nets.FACTOR
-    cover = np.stack([np.max([scenes.coverage(t, side) for t in scene.things], 0) for scene in pool])
-    weights = 1 + 4 * F.max_pool2d(torch.from_numpy(cover)[:, None], 3, 1, 1)
+
+    def cover(thing):
+        every = [scenes.coverage(replace(thing, kind=kind), side) for kind in scenes.KINDS]
+        own = every[scenes.KINDS.index(thing.kind)]
+        return own, np.abs(own - np.mean(every, axis=0))
+
+    found = np.stack([np.max([cover(thing) for thing in scene.things], axis=0) for scene in pool])
+    things, outlines = torch.from_numpy(found)[:, :, None].unbind(1)
+    weights = 1 + 3 * F.max_pool2d(things, 3, 1, 1) + 12 * outlines
     return weights / weights.mean()
 
 
@@ -79,12 +88,12 @@ def chances(pool):
 
 
 def timesteps(count, generator):
-    """Stratified timesteps, int64 [count] in random order: three of four from 350 to 900, where shapes and places are
+    """Stratified timesteps, int64 [count] in random order: three of four from 400 to 850, where shapes and places are
     decided, the rest from all 1,000."""
     few = count // 4
     u = torch.rand(count, generator=generator)
     all_, middle = (torch.arange(few) + u[:few]) / few, (torch.arange(count - few) + u[few:]) / (count - few)
-    t = torch.cat([1000 * all_, 350 + 550 * middle])[torch.randperm(count, generator=generator)]
+    t = torch.cat([1000 * all_, 400 + 450 * middle])[torch.randperm(count, generator=generator)]
     return t.long().clamp(max=999)
 
 
