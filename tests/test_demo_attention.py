@@ -124,7 +124,7 @@ def editor():
         yield Editor()
 
 
-def p2p(cross=0.8, own=0.4, blend=False, node=PromptToPromptNode, **more):
+def p2p(cross, own, blend=False, node=PromptToPromptNode, **more):
     def controls(prompts, task):
         words = {"blend_words": ", ".join(sorted(task.kinds))} if blend else {}
         return node.execute(prompts, cross, own, **more, **words)[0]
@@ -132,12 +132,18 @@ def p2p(cross=0.8, own=0.4, blend=False, node=PromptToPromptNode, **more):
     return controls
 
 
-SWAPS = {
-    "cfg, DDIM path": {"direct": False},
-    "P2P, Direct path": {"controls": p2p()},
-    "P2Plus, Direct path": {"controls": p2p(node=P2PlusNode, uncond_self_replace_steps=0.5)},
-    "P2P with local blend": {"controls": p2p(blend=True)},
-}
+WINDOWS = {"colour": (0.8, 0.4), "kind": (0.4, 0.6)}  # of cross- and self-attention; a new kind needs its own outline
+
+
+def swaps(what):
+    """Ways to swap a word: {name: arguments of `Editor.run`}."""
+    windows = WINDOWS[what]
+    return {
+        "cfg, DDIM path": {"direct": False},
+        "P2P, Direct path": {"controls": p2p(*windows)},
+        "P2Plus, Direct path": {"controls": p2p(*windows, node=P2PlusNode, uncond_self_replace_steps=0.5)},
+        "P2P with local blend": {"controls": p2p(*windows, blend=True)},
+    }
 
 
 def kept(task, edited):
@@ -163,7 +169,7 @@ def table(title, rows):
 def test_word_swap(editor, what):
     asked = tasks({"colour": recoloured, "kind": reshaped}[what])
     found = {}
-    for name, how in SWAPS.items():
+    for name, how in swaps(what).items():
         edited = editor.run(asked, **how)
         found[name] = {
             "share": float(np.mean([right(t, e, what) for t, e in zip(asked, edited)])),
