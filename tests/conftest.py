@@ -89,3 +89,15 @@ def folders(tmp_path):
     yield made
     folder_paths.set_output_directory(before[0])
     folder_paths.set_input_directory(before[1])
+
+
+@pytest.fixture(scope="session")
+def client(server_url):
+    from comfyui_ledits.demo.client import ComfyClient
+    return ComfyClient(server_url)
+
+
+@pytest.fixture(scope="session")
+def object_info(client):
+    """What the server tells of all nodes."""
+    return client.object_info()

@@ -109,45 +109,35 @@ def test_inputs_are_set_by_title_or_class():
         workflow.with_inputs(prompt, {"Sample": {"cfg": 1}})
 
 
-@pytest.fixture(scope="module")
-def server(server_url):
-    return ComfyClient(server_url)
-
-
-@pytest.fixture(scope="module")
-def object_info(server):
-    return server.object_info()
-
-
 @pytest.mark.parametrize("path", DEMO, ids=lambda path: path.stem)
-def test_demo_workflows_run(path, server, object_info):
+def test_demo_workflows_run(path, client, object_info):
     prompt = workflow.to_prompt(workflow.read(path), object_info)
     skip = {n["_meta"]["title"]: {"skip": 1} for n in prompt.values() if "skip" in n["inputs"]}
     # a seed of its own: a cached inversion reports nothing
     changes = {"Inversion": {"steps": 4, "seed": DEMO.index(path)}}
-    entry = server.run(workflow.with_inputs(prompt, changes | skip))
+    entry = client.run(workflow.with_inputs(prompt, changes | skip))
     (saved,) = (entry["outputs"][key]["images"] for key in workflow.find(prompt, title="Save edit"))
-    assert Image.open(io.BytesIO(server.fetch(saved[0]))).size == (128, 128)
+    assert Image.open(io.BytesIO(client.fetch(saved[0]))).size == (128, 128)
     (report,) = entry["outputs"][workflow.find(prompt, title="Inversion")[0]]["ledits"]
     assert report == {"steps": 4, "unet_rows": 4}
     assert http.seconds_of(entry) > 0
 
 
-def test_upload_keeps_the_picture(server):
-    name = server.upload(pictures.FOLDER / "blue_moon.png", "some folder")
+def test_upload_keeps_the_picture(client):
+    name = client.upload(pictures.FOLDER / "blue_moon.png", "some folder")
     assert name == "some folder/blue_moon.png"
-    stored = server.fetch({"filename": "blue_moon.png", "subfolder": "some folder", "type": "input"})
+    stored = client.fetch({"filename": "blue_moon.png", "subfolder": "some folder", "type": "input"})
     assert stored == (pictures.FOLDER / "blue_moon.png").read_bytes()
 
 
-def test_failures_are_sentences(server, object_info):
+def test_failures_are_sentences(client, object_info):
     prompt = workflow.to_prompt(workflow.read(DEMO[0]), object_info)
     with pytest.raises(ComfyError, match=r"^ComfyUI refused the workflow: node 2 \(LEDITS_LoadDemoPicture\)"):
-        server.run(workflow.with_inputs(prompt, {"Source picture": {"picture": "nowhere"}}))
+        client.run(workflow.with_inputs(prompt, {"Source picture": {"picture": "nowhere"}}))
     with pytest.raises(ComfyError, match=r"^The workflow failed at node \d+ \(LEDITS_KSampler\): skip is 9"):
-        server.run(workflow.with_inputs(prompt, {"Inversion": {"steps": 3}, "Edit": {"skip": 9}}))
+        client.run(workflow.with_inputs(prompt, {"Inversion": {"steps": 3}, "Edit": {"skip": 9}}))
     with pytest.raises(ComfyError, match="error 404"):
-        server.fetch({"filename": "nothing.png", "subfolder": "", "type": "output"})
+        client.fetch({"filename": "nothing.png", "subfolder": "", "type": "output"})
     with pytest.raises(ComfyError, match="does not answer at http://127.0.0.1:9"):
         ComfyClient("http://127.0.0.1:9").object_info()
 

@@ -8,7 +8,6 @@ from urllib.parse import quote
 
 import pytest
 from comfyui_ledits.demo import workflow
-from comfyui_ledits.demo.client import ComfyClient
 from PIL import Image
 
 import dev
@@ -25,16 +24,6 @@ SHORT = {"steps": 4, "skip": 1, "inner_steps": 1, "first_steps": 1}
 
 def named(path):
     return path.stem
-
-
-@pytest.fixture(scope="module")
-def server(server_url):
-    return ComfyClient(server_url)
-
-
-@pytest.fixture(scope="module")
-def object_info(server):
-    return server.object_info()
 
 
 def described(info):
@@ -183,42 +172,42 @@ def shortened(prompt):
     return prompt
 
 
-def run(server, path, object_info):
+def run(client, path, object_info):
     """The history entry of a short run, and its prompt. What it loads has been made by an earlier workflow."""
     prompt = shortened(workflow.to_prompt(workflow.read(path), object_info))
     for node in prompt.values():
         for name in ("file", "store") if "Load" in node["class_type"] else ():
             wanted = node["inputs"].get(name)
-            if isinstance(wanted, str) and not there(server, wanted):
+            if isinstance(wanted, str) and not there(client, wanted):
                 saved = next(p for p in DEMO if p < path and wanted.rpartition("_00001_")[0] in p.read_text("utf-8"))
-                run(server, saved, object_info)
-    return server.run(prompt), prompt
+                run(client, saved, object_info)
+    return client.run(prompt), prompt
 
 
-def there(server, name):
+def there(client, name):
     """Whether the output folder has a file that a picker names "folder/name [output]"."""
     folder, _, file = name.removesuffix(" [output]").rpartition("/")
     try:
-        return bool(server.fetch({"filename": file, "subfolder": folder, "type": "output"}))
+        return bool(client.fetch({"filename": file, "subfolder": folder, "type": "output"}))
     except Exception as error:
         assert "404" in str(error)
         return False
 
 
 @pytest.mark.parametrize("path", DEMO, ids=named)
-def test_demo_workflows_run_to_the_end(path, server, object_info):
-    entry, prompt = run(server, path, object_info)
+def test_demo_workflows_run_to_the_end(path, client, object_info):
+    entry, prompt = run(client, path, object_info)
     showing = {"SaveImage", "PreviewImage", "LEDITS_InspectInversion", "LEDITS_PreviewAttention", "LEDITS_EditMetrics"}
     shown = [key for key, node in prompt.items() if node["class_type"] in showing]
     assert shown
     for key in shown:
         assert entry["outputs"][key]["images"]
         for file in entry["outputs"][key]["images"]:
-            Image.open(io.BytesIO(server.fetch(file))).verify()
+            Image.open(io.BytesIO(client.fetch(file))).verify()
 
 
 @pytest.mark.parametrize("path", BLUEPRINTS, ids=named)
-def test_blueprints_do_the_job_in_one_node(path, server, object_info):
+def test_blueprints_do_the_job_in_one_node(path, client, object_info):
     """As a user wires them: the demo model and a picture in, a picture out."""
     file = workflow.read(path)
     (node,) = file["nodes"]
@@ -240,25 +229,25 @@ def test_blueprints_do_the_job_in_one_node(path, server, object_info):
     defaults = [prompt[f"{node['id']}:{inner}"]["inputs"][name] for inner, name in node["properties"]["proxyWidgets"]]
     node["widgets_values"] = [words.get(name, value) for name, value in zip(shown, defaults, strict=True)]
     prompt = workflow.to_prompt(file, object_info)
-    entry = server.run(prompt)
+    entry = client.run(prompt)
     (picture,) = entry["outputs"]["103"]["images"]
-    assert Image.open(io.BytesIO(server.fetch(picture))).size == (128, 128)
+    assert Image.open(io.BytesIO(client.fetch(picture))).size == (128, 128)
     nodes = {key: made for key, made in prompt.items() if key.startswith(f"{node['id']}:")}
     # the words went to the nodes inside
     said = json.dumps([made["inputs"] for made in nodes.values()])
     assert all(json.dumps(words[name]) in said for name in shown if name in words)
 
 
-def test_the_server_offers_them(server):
-    listed = server.ask_json("/global_subgraphs")
+def test_the_server_offers_them(client):
+    listed = client.ask_json("/global_subgraphs")
     ours = {key: entry for key, entry in listed.items() if entry["info"]["node_pack"].endswith(dev.PACK)}
     assert sorted(entry["name"] for entry in ours.values()) == [path.stem for path in BLUEPRINTS]
     for key, entry in ours.items():
-        found = server.ask_json(f"/global_subgraphs/{key}")
+        found = client.ask_json(f"/global_subgraphs/{key}")
         assert json.loads(found["data"])["nodes"][0]["title"] == entry["name"]
-    assert sorted(server.ask_json("/workflow_templates")[dev.PACK]) == [path.stem for path in WORKFLOWS]
+    assert sorted(client.ask_json("/workflow_templates")[dev.PACK]) == [path.stem for path in WORKFLOWS]
     for path in WORKFLOWS:
-        assert server.ask_json(f"/api/workflow_templates/{dev.PACK}/{quote(path.name)}") == json.loads(path.read_text("utf-8"))
+        assert client.ask_json(f"/api/workflow_templates/{dev.PACK}/{quote(path.name)}") == json.loads(path.read_text("utf-8"))
 
 
 def test_demo_pictures_come_with_their_caption_and_mask(inference_mode):
