@@ -1,15 +1,10 @@
 """What a user sees while nodes work, in a real server: progress, previews, the phase in words; and no second inversion."""
-import asyncio
-import json
 import re
-import struct
-from collections import defaultdict
 
-import aiohttp
 import pytest
+from listening import listen
 
 STEPS, EDITED = 4, 3
-TEXT, PREVIEW = 3, 1  # kinds of ComfyUI's binary messages
 
 
 def node(kind, **inputs):
@@ -80,69 +75,12 @@ def saved(graph, *names):
                     for name in names}  # fmt: skip
 
 
-class Seen:
-    """What a client sees of each node.
-
-    Attributes:
-        progress, texts, previews: {node: list of (value, maximum) | list of words | number of pictures}.
-        ran: ids of the nodes that were executed.
-    """
-
-    def __init__(self):
-        self.progress, self.texts, self.previews, self.ran = defaultdict(list), defaultdict(list), defaultdict(int), []
-
-
-async def _listen(url, graphs):
-    """Queue all graphs at once; for each its history entry and what was Seen."""
-    found, current = {}, {}
-    async with aiohttp.ClientSession() as session, session.ws_connect(f"{url}/ws?clientId=feedback") as socket:
-        for graph in graphs:
-            body = {"prompt": graph, "client_id": "feedback", "extra_data": {"preview_method": "latent2rgb"}}
-            async with session.post(f"{url}/prompt", json=body) as answer:
-                told = await answer.json()
-                assert answer.status == 200, told
-                found[told["prompt_id"]] = Seen()
-        left, prompt = set(found), None
-        async for message in socket:
-            if message.type == aiohttp.WSMsgType.BINARY:
-                (kind,) = struct.unpack(">I", message.data[:4])
-                if kind == TEXT:
-                    (length,) = struct.unpack(">I", message.data[4:8])
-                    name, words = message.data[8 : 8 + length].decode(), message.data[8 + length :].decode()
-                    found[prompt].texts[name].append(words)
-                elif kind == PREVIEW:
-                    assert message.data[8:10] == b"\xff\xd8"  # a JPEG
-                    found[prompt].previews[current["node"]] += 1
-            elif message.type == aiohttp.WSMsgType.TEXT:
-                event = json.loads(message.data)
-                kind, data = event["type"], event["data"]
-                if kind == "executing" and data["node"] is not None:
-                    prompt, current = data["prompt_id"], data
-                    found[prompt].ran.append(data["node"])
-                elif kind == "progress":
-                    found[data["prompt_id"]].progress[data["node"]].append((data["value"], data["max"]))
-                elif kind in ("execution_success", "execution_error", "execution_interrupted"):
-                    assert kind == "execution_success", event
-                    left.discard(data["prompt_id"])
-                    if not left:
-                        break
-        out = []
-        for prompt, seen in found.items():
-            async with session.get(f"{url}/history/{prompt}") as answer:
-                out.append(((await answer.json())[prompt], seen))
-        return out
-
-
-def listen(url, *graphs):
-    return asyncio.run(_listen(url, graphs))
-
-
 @pytest.fixture(scope="module")
-def seen(server_url):
+def seen(client):
     """What a client sees of every inversion, of capture, and of the edits."""
     graph = base() | inversions() | edits()
     names = [*inversions(), "plain", "live", "kept", "custom", "sweep", "stock"]
-    ((_, found),) = listen(server_url, saved(graph, *names))
+    ((_, found),) = listen(client, saved(graph, *names))
     return found
 
 
@@ -210,7 +148,7 @@ def test_the_phase_is_named_on_the_node(seen, name):
     assert ("source pass" in " ".join(told)) == (name in ("live", "custom"))
 
 
-def test_a_changed_edit_does_not_invert_again(server_url):
+def test_a_changed_edit_does_not_invert_again(client):
     """Two prompts in the queue at once: the second evaluates the U-Net for its edit only."""
     def graph(cfg):
         found = base() | {name: inversions()[name] for name in ("edit-friendly",)}
@@ -218,7 +156,7 @@ def test_a_changed_edit_does_not_invert_again(server_url):
         found["edit"] = node("LEDITS_KSampler", **EDIT | {"cfg": cfg}, inversion=["edit-friendly", 0], skip=1)
         return saved(found, "edit")
 
-    (first, saw), (second, then) = listen(server_url, graph(5.0), graph(6.0))
+    (first, saw), (second, then) = listen(client, graph(5.0), graph(6.0))
 
     def rows(entry):
         cached = dict(entry["status"]["messages"])["execution_cached"]["nodes"]

@@ -1,9 +1,6 @@
 """Null-text inversion: it learns what the paper's loop learns, under ComfyUI's inference mode, and leaves nothing."""
-import asyncio
 import functools
-import json
 
-import aiohttp
 import comfy.model_management
 import comfy.model_patcher
 import comfy.sample
@@ -17,6 +14,7 @@ from comfyui_ledits.nodes.sampling import LeditsKSampler
 from comfyui_ledits.samplers import fit, gradients, null_text
 from comfyui_ledits.samplers.gradient_inverters import NullTextInverter
 from comfyui_ledits.samplers.guider import LeditsGuider
+from listening import listen
 
 pytestmark = pytest.mark.usefixtures("inference_mode")
 SOURCE, EMPTY, CFG = 1, 2, 7.5
@@ -285,26 +283,7 @@ def test_under_dynamic_vram_a_second_model_is_loaded_and_unloaded():
 
 # --- in a server ----------------------------------------------------------------------------------------------------
 
-async def run_and_listen(url, graph):
-    """Queue a graph; the history entry and every text that was sent to a node."""
-    texts = []
-    async with aiohttp.ClientSession() as session, session.ws_connect(f"{url}/ws?clientId=learn") as socket:
-        async with session.post(f"{url}/prompt", json={"prompt": graph, "client_id": "learn"}) as answer:
-            queued = await answer.json()
-            assert answer.status == 200, queued
-        async for message in socket:
-            if message.type == aiohttp.WSMsgType.BINARY and message.data[:4] == b"\0\0\0\x03":
-                texts.append(message.data[4:].decode())
-            elif message.type == aiohttp.WSMsgType.TEXT:
-                event = json.loads(message.data)
-                if event["type"] in ("execution_success", "execution_error", "execution_interrupted"):
-                    assert event["type"] == "execution_success", event
-                    break
-        async with session.get(f"{url}/history/{queued['prompt_id']}") as answer:
-            return (await answer.json())[queued["prompt_id"]], texts
-
-
-def test_both_nodes_run_in_a_server_and_show_their_loss(server_url):
+def test_both_nodes_run_in_a_server_and_show_their_loss(client):
     common = {"model": ["demo", 0], "positive": ["source", 0], "negative": ["empty", 0], "latent": ["picture", 0],
               "cfg": CFG, "steps": 2, "scheduler": "ddim_uniform", "learning_rate": 0.01, "early_stop": 1e-5,
               "on_interrupt": ON_INTERRUPT[0]}  # fmt: skip
@@ -323,7 +302,7 @@ def test_both_nodes_run_in_a_server_and_show_their_loss(server_url):
             "class_type": "LEDITS_KSampler", "inputs": {**inputs, "inversion": [name, 0], "skip": 0}
         }  # fmt: skip
         graph[f"{name} out"] = {"class_type": "SaveLatent", "inputs": {"samples": [f"{name} edit", 0], "filename_prefix": name}}
-    entry, texts = asyncio.run(run_and_listen(server_url, graph))
+    ((entry, seen),) = listen(client, graph)
     for name in ("null", "style"):
         assert entry["outputs"][name]["ledits"][0]["loss"] > 0
-        assert any(name in text and "step 2/2, loss" in text for text in texts)
+        assert any("step 2/2, loss" in text for text in seen.texts[name])
