@@ -38,6 +38,7 @@ class Settings:
         steps: of every path.
         cfg: guidance of every edit; None for each method's own.
         concept_scale: of LEDITS' concepts; None for the presets of its authors.
+        xa_guidance: of pix2pix-zero; None for its authors' 0.1.
         seed: of noise maps.
     """
 
@@ -45,6 +46,7 @@ class Settings:
     steps: int = 50
     cfg: float | None = None
     concept_scale: float | None = None
+    xa_guidance: float | None = None
     seed: int = 1234
 
     def guidance(self, method):
@@ -229,8 +231,9 @@ def _pnp(item, inversion, settings):
 
 def _pix2pix_zero(item, inversion, settings):
     """The target is source + (target - source), so the target prompt; the negative is the source prompt."""
+    strength = 0.1 if settings.xa_guidance is None else settings.xa_guidance
     return {
-        "control": node("LEDITS_Pix2PixZero", xa_guidance=0.1, source=["source", 0]),
+        "control": node("LEDITS_Pix2PixZero", xa_guidance=strength, source=["source", 0]),
         **_edit(f"{inversion}+pix2pix-zero", settings, "source", attention=["control", 0]),
     }
 

@@ -33,6 +33,7 @@ def parser_of(doc, defaults):
     what.add_argument("--steps", type=int, default=50)
     what.add_argument("--cfg", type=float, help="guidance of all edits; each method's own where left out")
     what.add_argument("--concept-scale", type=float, help="of LEDITS; its authors' presets where left out")
+    what.add_argument("--xa-guidance", type=float, help="of pix2pix-zero; its authors' 0.1 where left out")
     what.add_argument("--seed", type=int, default=1234)
     how = parser.add_argument_group("how edits are measured")
     how.add_argument("--mode", choices=MODES, help="pie-bench: as published; plain: over the pixels that count")
@@ -67,7 +68,8 @@ def run(options, folder, checkpoint=""):
         Problem, ComfyError: nothing can be done.
     """
     chosen = methods.parse(options.methods)
-    settings = methods.Settings(checkpoint, options.steps, options.cfg, options.concept_scale, options.seed)
+    settings = methods.Settings(checkpoint, options.steps, options.cfg, options.concept_scale, options.xa_guidance,
+                                options.seed)  # fmt: skip
     if settings.steps < 1:
         raise Problem(f"--steps is {settings.steps}: give at least 1.")
     items, problems = piebench.load(folder)
