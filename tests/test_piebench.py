@@ -173,8 +173,17 @@ def test_settings_are_the_papers():
     assert methods.build("direct+pnp", item(), "x", methods.Settings("sd.ckpt"))["loader"]["inputs"] == {
         "ckpt_name": "sd.ckpt"
     }
-    own = methods.build("edit-friendly+ledits", item(), "x", methods.Settings(cfg=3.0))
-    assert own["edit"]["inputs"]["cfg"] == 3.0 and own["loader"]["class_type"] == "LEDITS_LoadDemoModel"
+    assert inputs("direct+pix2pix-zero", "control")["xa_guidance"] == 0.1
+    assert inputs("edit-friendly+ledits", "concept")["scale"] == 15.0
+
+
+def test_settings_of_a_run_go_before_the_papers():
+    chosen = methods.Settings(cfg=3.0, concept_scale=2.0, xa_guidance=0.01)
+    made = {method: methods.build(method, item(), "x", chosen) for method in methods.METHODS}
+    assert {graph["edit"]["inputs"]["cfg"] for graph in made.values()} == {3.0}
+    assert made["direct+ledits"]["concept"]["inputs"]["scale"] == 2.0
+    assert made["direct+pix2pix-zero"]["control"]["inputs"]["xa_guidance"] == 0.01
+    assert made["direct+p2p"]["loader"]["class_type"] == "LEDITS_LoadDemoModel"
 
 
 def test_the_concept_of_an_edit():
