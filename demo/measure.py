@@ -93,10 +93,10 @@ def colour_shares(picture, mask):
     lab, light = oklab(_calm(picture)), fit_ground(picture)
     inside = ndimage.binary_erosion(mask > 0.5, iterations=2)
     inside = inside if inside.any() else mask > 0.5
-    body = inside & ((lab[..., 0] > OUTLINE) | (_ground_distance(lab, light) < GROUND_DISTANCE))
-    lab, light = lab[body], light[body]
-    nearest = np.vstack([_colour_distances(lab), _ground_distance(lab, light)[None]]).argmin(0)
-    count = max(len(lab), 1)
+    off = _ground_distance(lab, light)
+    body = inside & ((lab[..., 0] > OUTLINE) | (off < GROUND_DISTANCE))
+    nearest = np.vstack([_colour_distances(lab[body]), off[body][None]]).argmin(0)
+    count = max(len(nearest), 1)
     return {name: float((nearest == i).sum() / count) for i, name in enumerate((*COLOURS, "ground"))}
 
 

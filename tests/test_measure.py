@@ -74,6 +74,15 @@ def test_a_thing_that_vanished_has_no_colour():
     assert not measure.has_colour(empty, masks[0], "green") and not measure.read(empty).things
 
 
+@pytest.mark.filterwarnings("error")
+def test_where_all_is_as_dark_as_an_outline_no_colour_is_named():
+    picture = np.full((128, 128, 3), 0.6, np.float32)
+    picture[40:80, 40:80] = 0.02
+    mask = np.zeros((128, 128))
+    mask[44:76, 44:76] = 1
+    assert set(measure.colour_shares(picture, mask).values()) == {0.0}
+
+
 def test_a_half_done_edit_is_not_done():
     scene = plain("square", "red", "grey", radius=0.5)
     picture, masks = scenes.render(scene)
