@@ -28,7 +28,7 @@ class ComfyClient:
     """
 
     def __init__(self, url, timeout=60):
-        self.url, self.timeout = url.rstrip("/"), timeout
+        self.url, self.timeout, self._id = url.rstrip("/"), timeout, uuid.uuid4().hex
         # The server is on this machine or near it: a proxy of the environment must not come between.
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -101,8 +101,11 @@ class ComfyClient:
         return name if folder == "input" else f"{name} [{folder}]"
 
     def queue(self, prompt):
-        """Queue a workflow in the API format; returns its id."""
-        return self.ask_json("/prompt", {"prompt": prompt})["prompt_id"]
+        """Queue a workflow in the API format; returns its id.
+
+        With a client's id, since ComfyUI 0.18 leaves what a cached node shows out of the history of prompts without.
+        """
+        return self.ask_json("/prompt", {"prompt": prompt, "client_id": self._id})["prompt_id"]
 
     def wait(self, prompt_id, seconds=3600, progress=None):
         """The history entry of a prompt that has succeeded.

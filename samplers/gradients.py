@@ -92,7 +92,7 @@ def differentiable(model):
             for block in forwards:  # ...but puts a method back as an attribute of the object
                 vars(block).pop("forward", None)
         else:
-            comfy.model_management.unload_model_and_clones(own)
+            _unload(own)
 
 
 def _clone(model):
@@ -105,6 +105,13 @@ def _clone(model):
         )
     # from a clone: the delegate is remembered by the MODEL it is asked of
     return model.clone().get_non_dynamic_delegate()
+
+
+def _unload(model):
+    """Unload a MODEL and its clones, as `unload_model_and_clones` of ComfyUI from 0.19 on."""
+    management = comfy.model_management
+    others = [loaded for loaded in management.current_loaded_models if loaded.model is None or loaded.model.model is not model.model]
+    management.free_memory(1e30, model.load_device, others)
 
 
 def checkpointed(forward):
