@@ -139,6 +139,13 @@ def test_pictures_in_help_pages_exist():
             assert (DOCS / link).is_file(), f"{page}: {link}"
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_help_pages_show_the_workflow_to_start_from(page):
+    text = (DOCS / page).read_text("utf-8")
+    first = re.search(r"\*\*(\d\d) [^*]+\*\*", text).group(1)
+    assert re.findall(r"!\[[^]]+\]\(([^)\s]+)", text) == [f"images/{first}.jpg"]
+
+
 def test_workflows_that_help_pages_name_exist():
     workflows = {file.stem for file in (dev.ROOT / "example_workflows").glob("*.json")}
     for page in PAGES:

@@ -148,6 +148,17 @@ def test_it_runs_and_the_pictures_arrive(page, workflow, url):
 
 
 @pytest.mark.parametrize("page", [(look, WORKFLOWS[0]) for look in LOOKS], ids=LOOKS, indirect=True)
+def test_the_help_page_of_a_node_opens_with_its_picture(page):
+    page.run("app.canvas.selectNode(app.graph.nodes.find(n => n.type === 'LEDITS_SemanticConcept'))")
+    button = """document.querySelector('[data-testid="info-button"]')"""
+    page.wait(f"!!{button}", 20)
+    page.run(f"{button}.click()")
+    picture = "[...document.querySelectorAll('img')].find(i => i.src.includes('/docs/images/'))"
+    assert page.wait(f"{picture}?.naturalWidth", 20) == 512
+    page.screenshot(SHOTS / f"help, {page.look}.png")
+
+
+@pytest.mark.parametrize("page", [(look, WORKFLOWS[0]) for look in LOOKS], ids=LOOKS, indirect=True)
 @pytest.mark.parametrize("blueprint", BLUEPRINTS, ids=lambda path: path.stem)
 def test_blueprints_open_with_their_values(page, blueprint, url):
     """A blueprint on the canvas: one node with the widgets it promises, which reach the nodes inside."""

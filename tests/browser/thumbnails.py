@@ -1,4 +1,4 @@
-"""Make the thumbnails of the example workflows and the README's picture, by really running them.
+"""Make the thumbnails of the example workflows, the help pages' pictures and the README's, by really running them.
 
     python dev.py serve --port 8188                                       # in one terminal
     .venv/bin/python tests/browser/thumbnails.py http://127.0.0.1:8188    # in another; numbers of workflows may follow
@@ -24,6 +24,7 @@ from demo import sheet, workflow
 from demo.client import ComfyClient
 
 ROOT = Path(sys.path[0])
+HELP = ROOT / "web" / "docs"
 SIDE, GROUND, INK = 512, (28, 28, 32), (235, 235, 235)  # the template browser shows squares
 
 
@@ -104,6 +105,17 @@ def thumbnail(found, words, name):
     return grid({title: picture for title, picture in found.items() if title != "Source picture"})
 
 
+def save(picture, path):
+    """Save the thumbnail of a workflow; for help pages that start from it, also without its empty rows."""
+    picture.save(path.with_suffix(".jpg"), quality=88)
+    number = path.stem[:2]
+    if any(f"](images/{number}.jpg)" in page.read_text("utf-8") for page in HELP.glob("*.md")):
+        drawn = np.flatnonzero(np.abs(np.asarray(picture, int) - GROUND).max((1, 2)) > 24)
+        (HELP / "images").mkdir(exist_ok=True)
+        picture.crop((0, max(drawn[0] - 12, 0), SIDE, min(drawn[-1] + 13, SIDE))).save(
+            HELP / "images" / f"{number}.jpg", quality=88)
+
+
 def graph(page, path, url):
     """The workflow as the frontend draws it."""
     page.open(url)
@@ -145,7 +157,7 @@ def main(url, *numbers):
                 steps = [("source", "Source"), ("reconstruction", "Save reconstruction")] if not cells else []
                 steps += [(label(words).replace("\n", " "), "Save edit")]
                 cells += [(text, np.asarray(found[title], np.float32) / 255) for text, title in steps]
-        picture.save(path.with_suffix(".jpg"), quality=88)
+        save(picture, path)
     if len(cells) < 4:
         return
     heads = ["source", "reconstruction", "concept alone", "prompt and concept"]
