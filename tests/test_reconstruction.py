@@ -97,6 +97,13 @@ def test_batched_inversion_is_one_by_one_inversion(kind, batch, cfg, at_once):
     assert error(edit(kind, many, cfg), latent) < 1e-4
 
 
+@pytest.mark.parametrize(("batch", "calls"), [(1, 1), (4, 2), (20, 8)])
+def test_at_most_sixteen_pictures_share_a_call(batch, calls):
+    with tiny.Calls(model("sd1")) as seen:
+        invert("sd1", tiny.latent("sd1", batch), 1.0, steps=8)
+    assert [len(levels) for levels, _ in seen.calls] == [8 * batch // calls] * calls
+
+
 @pytest.mark.parametrize("seed", [5, 2**64 - 1])
 def test_a_picture_of_a_batch_is_inverted_as_alone_with_its_own_seed(seed):
     latent = tiny.latent(batch=3)
