@@ -31,9 +31,9 @@ def parser_of(doc, defaults):
     what.add_argument("--pictures", type=int, help="how many a method, evenly over the types of edits; 0 for all")
     what.add_argument("--types", help="numbers of the types of edits, such as 1,8; all where left out")
     what.add_argument("--steps", type=int, default=50)
-    what.add_argument("--cfg", type=float, help="guidance of all edits; each method's own where left out")
-    what.add_argument("--concept-scale", type=float, help="of LEDITS; its authors' presets where left out")
-    what.add_argument("--xa-guidance", type=float, help="of pix2pix-zero; its authors' 0.1 where left out")
+    what.add_argument("--cfg", type=float, help="guidance of all edits (default: %(default)s; None is each method's own)")
+    what.add_argument("--concept-scale", type=float, help="of LEDITS (default: %(default)s; None is its authors' presets)")
+    what.add_argument("--xa-guidance", type=float, help="of pix2pix-zero (default: %(default)s; None is its authors' 0.1)")
     what.add_argument("--seed", type=int, default=1234)
     how = parser.add_argument_group("how edits are measured")
     how.add_argument("--mode", choices=MODES, help="pie-bench: as published; plain: over the pixels that count")
@@ -68,8 +68,8 @@ def run(options, folder, checkpoint=""):
         Problem, ComfyError: nothing can be done.
     """
     chosen = methods.parse(options.methods)
-    settings = methods.Settings(checkpoint, options.steps, options.cfg, options.concept_scale, options.xa_guidance,
-                                options.seed)  # fmt: skip
+    chosen_settings = ("steps", "cfg", "concept_scale", "xa_guidance", "seed")
+    settings = methods.Settings(checkpoint, **{name: getattr(options, name) for name in chosen_settings})
     if settings.steps < 1:
         raise Problem(f"--steps is {settings.steps}: give at least 1.")
     items, problems = piebench.load(folder)
