@@ -230,11 +230,15 @@ def _pnp(item, inversion, settings):
 
 
 def _pix2pix_zero(item, inversion, settings):
-    """The target is source + (target - source), so the target prompt; the negative is the source prompt."""
+    """The target is source + (target - source), so the target prompt; the negative is the source prompt.
+
+    StyleDiffusion's values are learned against the empty one, and against another they take the picture's colours away.
+    """
     strength = 0.1 if settings.xa_guidance is None else settings.xa_guidance
+    negative = "empty" if inversion == "stylediffusion" else "source"
     return {
         "control": node("LEDITS_Pix2PixZero", xa_guidance=strength, source=["source", 0]),
-        **_edit(f"{inversion}+pix2pix-zero", settings, "source", attention=["control", 0]),
+        **_edit(f"{inversion}+pix2pix-zero", settings, negative, attention=["control", 0]),
     }
 
 

@@ -174,6 +174,8 @@ def test_settings_are_the_papers():
         "ckpt_name": "sd.ckpt"
     }
     assert inputs("direct+pix2pix-zero", "control")["xa_guidance"] == 0.1
+    assert inputs("direct+pix2pix-zero", "edit")["negative"] == ["source", 0]
+    assert inputs("stylediffusion+pix2pix-zero", "edit")["negative"] == ["empty", 0]
     assert inputs("edit-friendly+ledits", "concept")["scale"] == 15.0
 
 
