@@ -28,10 +28,12 @@ def comfyui_folder():
 def prepare_comfyui(folder):
     # First in line: ComfyUI's nodes.py and the pack's nodes/ have one name.
     sys.path.insert(0, str(folder))
-    import utils.extra_config  # noqa: F401  # as main.py does: older nodes.py puts comfy/ in front, which has a utils.py
-    from comfy.cli_args import args  # before comfy.model_management, which looks for a GPU when it is imported
+    from comfy.cli_args import args  # before comfy.model_management and folder_paths, which read it when imported
     args.cpu = os.environ.get("LEDITS_TEST_DEVICE") != "cuda"
     args.base_directory = USER_DATA.name
+    import folder_paths
+    import utils.extra_config  # noqa: F401  # as main.py does: older nodes.py puts comfy/ in front, which has a utils.py
+    assert Path(folder_paths.get_output_directory()).is_relative_to(USER_DATA.name)
 
 
 def import_pack():
