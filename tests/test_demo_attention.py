@@ -6,6 +6,7 @@ with -s to read the tables; LEDITS_DEMO_PICTURES makes them smaller. Settings we
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -25,11 +26,11 @@ COUNT, STEPS, CFG = 60, 50, 3.0
 
 @dataclass(frozen=True)
 class Task:
-    """A scene, and the one that the edit asks for; whether its prompts say where the thing is."""
+    """A scene, the one that the edit asks for, and how prompts put them into words."""
 
     scene: scenes.Scene
     asked: scenes.Scene
-    place: bool = True
+    words: Callable = captions.sentence
 
     @functools.cached_property
     def drawn(self):
@@ -45,7 +46,7 @@ class Task:
 
     @property
     def texts(self):
-        return tuple(captions.sentence(s, self.place) for s in (self.scene, self.asked))
+        return self.words(self.scene), self.words(self.asked)
 
     @property
     def kinds(self):
@@ -74,8 +75,17 @@ def another_ground(scene, rng):
     return replace(scene, ground=str(rng.choice([g for g in scenes.GROUNDS if g not in taken])))
 
 
-def tasks(change, count=COUNT, place=True, **fixed):
-    return [Task(s, change(s, np.random.default_rng(s.seed)), place) for s in held_out(count, **fixed)]
+def without_place(scene):
+    return captions.sentence(scene, place=False)
+
+
+def without_look(scene):
+    thing = scene.things[0]
+    return f"{captions.with_article(thing.kind)} {thing.place} on {captions.with_article(captions.ground_words(scene))}"
+
+
+def tasks(change, words=captions.sentence, count=COUNT, **fixed):
+    return [Task(s, change(s, np.random.default_rng(s.seed)), words) for s in held_out(count, **fixed)]
 
 
 class Editor(DemoNodes):
@@ -169,7 +179,7 @@ def table(title, rows):
 @pytest.mark.parametrize("what", ["colour", "kind"])
 def test_word_swap(editor, what):
     """The prompts do not say where the thing is: that is what attention is to keep."""
-    asked = tasks({"colour": recoloured, "kind": reshaped}[what], place=False)
+    asked = tasks({"colour": recoloured, "kind": reshaped}[what], without_place)
     found = {}
     for name, how in swaps(what).items():
         edited = editor.run(asked, **how)
@@ -185,7 +195,8 @@ def test_word_swap(editor, what):
 
 
 def test_masactrl_moves_an_object_that_stays_the_same(editor):
-    asked = tasks(moved, size="medium")
+    """The prompts name neither colour nor pattern: that is what the source's keys and values are to keep."""
+    asked = tasks(moved, without_look, size="medium")
 
     def masactrl(prompts, task):
         kind = task.scene.things[0].kind
