@@ -216,7 +216,8 @@ def test_masactrl_moves_an_object_that_stays_the_same(editor):
 
 
 def test_plug_and_play_keeps_the_layout(editor):
-    asked = tasks(another_ground)
+    """The prompts do not say where the thing is."""
+    asked = tasks(another_ground, without_place)
     found = {}
     for name, controls in (
         ("without", None),
