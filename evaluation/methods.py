@@ -167,6 +167,9 @@ def _regularised(seed):
 
 
 def _edit(method, settings, negative="empty", **more):
+    """What was learned against the empty negative goes with no other: StyleDiffusion's values lose the colours."""
+    if method.split("+")[0] in LEARNING:
+        negative = "empty"
     return {EDIT: node("LEDITS_KSampler", model=["loader", 0], positive=["target", 0], negative=[negative, 0],
                        inversion=["inversion", 0], cfg=settings.guidance(method), skip=settings.skip(method),
                        **more)}  # fmt: skip
@@ -230,15 +233,11 @@ def _pnp(item, inversion, settings):
 
 
 def _pix2pix_zero(item, inversion, settings):
-    """The target is source + (target - source), so the target prompt; the negative is the source prompt.
-
-    StyleDiffusion's values are learned against the empty one, and against another they take the picture's colours away.
-    """
+    """The target is source + (target - source), so the target prompt; the negative is the source prompt."""
     strength = 0.1 if settings.xa_guidance is None else settings.xa_guidance
-    negative = "empty" if inversion == "stylediffusion" else "source"
     return {
         "control": node("LEDITS_Pix2PixZero", xa_guidance=strength, source=["source", 0]),
-        **_edit(f"{inversion}+pix2pix-zero", settings, negative, attention=["control", 0]),
+        **_edit(f"{inversion}+pix2pix-zero", settings, "source", attention=["control", 0]),
     }
 
 

@@ -110,7 +110,8 @@ def _clone(model):
 def _unload(model):
     """Unload a MODEL and its clones, as `unload_model_and_clones` does, which ComfyUI 0.18 does not have."""
     management = comfy.model_management
-    others = [loaded for loaded in management.current_loaded_models if loaded.model is None or loaded.model.model is not model.model]
+    loaded = management.current_loaded_models
+    others = [other for other in loaded if other.model is None or other.model.model is not model.model]
     management.free_memory(1e30, model.load_device, others)
 
 

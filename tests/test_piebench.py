@@ -175,7 +175,9 @@ def test_settings_are_the_papers():
     }
     assert inputs("direct+pix2pix-zero", "control")["xa_guidance"] == 0.1
     assert inputs("direct+pix2pix-zero", "edit")["negative"] == ["source", 0]
-    assert inputs("stylediffusion+pix2pix-zero", "edit")["negative"] == ["empty", 0]
+    assert inputs("direct+pnp", "edit")["negative"] == ["negative", 0]
+    for method in ("stylediffusion+pix2pix-zero", "stylediffusion+pnp", "null-text+pnp"):
+        assert inputs(method, "edit")["negative"] == ["empty", 0]
     assert inputs("edit-friendly+ledits", "concept")["scale"] == 15.0
 
 
