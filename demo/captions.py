@@ -37,7 +37,7 @@ def sentence(scene, place=True):
 
 def _partial(scene, rng):
     """A sentence with parts left out."""
-    chance = rng.random(6) < (0.6, 0.75, 0.85, 0.5, 0.75, 0.3)
+    chance = rng.random(6) < (0.6, 0.75, 0.9, 0.3, 0.75, 0.3)
     things = [with_article(thing_words(t, *chance[:3])) for t in scene.things]
     text = " and ".join(things)
     if chance[3] and len(things) == 1:
@@ -51,32 +51,40 @@ def _partial(scene, rng):
 
 
 def _fragment(scene, rng):
-    """A few words, or one, that hold for the scene; half of the time the noun phrase of a thing."""
-    thing = scene.things[rng.integers(len(scene.things))]
+    """A few words, or one, that hold for the scene; half of the time the noun phrases of its things.
+
+    They name all things or none: words for one of two would teach that "red star" may mean one star more.
+    """
     if rng.random() < 0.5:
-        phrase = thing_words(thing, *(rng.random(3) < (0.4, 0.5, 0.9)))
-        return with_article(phrase) if rng.random() < 0.6 else phrase
-    options = [
+        phrases = [thing_words(thing, *(rng.random(3) < (0.4, 0.5, 0.9))) for thing in scene.things]
+        phrases = [with_article(phrase) for phrase in phrases] if rng.random() < 0.6 else phrases
+        return (" and " if rng.random() < 0.7 else ", ").join(phrases)
+    options = [f"{scene.ground} ground", with_article(ground_words(scene)), scene.style, with_article(scene.style)]
+    options += ["tiled ground", "tiled"] if scene.ground_pattern == "tiled" else []
+    if len(scene.things) > 1:
+        kinds = [thing.kind for thing in scene.things]
+        options += ["two things", " and ".join(kinds), " and ".join(map(with_article, kinds))]
+        return options[rng.integers(len(options))]
+    (thing,) = scene.things
+    options += [
         thing.kind, with_article(thing.kind), thing.colour, f"{thing.colour} {thing.kind}",
         with_article(f"{thing.colour} {thing.kind}"), f"{thing.kind}, {thing.colour}", thing_words(thing),
-        with_article(thing_words(thing)), f"{scene.ground} ground", with_article(ground_words(scene)),
-        f"{thing.colour} {thing.kind}, {scene.ground} ground", scene.style, with_article(scene.style),
+        with_article(thing_words(thing)), f"{thing.colour} {thing.kind}, {scene.ground} ground",
+        f"{thing.kind} {thing.place}", thing.place,
     ]  # fmt: skip
     options += [thing.pattern, f"{thing.pattern} {thing.kind}"] if thing.pattern != "plain" else []
     options += [thing.size, f"{thing.size} {thing.kind}"] if thing.size != "medium" else []
-    options += [f"{thing.kind} {thing.place}", thing.place] if len(scene.things) == 1 else ["two things"]
-    options += ["tiled ground", "tiled"] if scene.ground_pattern == "tiled" else []
     return options[rng.integers(len(options))]
 
 
 def draw_caption(scene, rng):
-    """A caption in a random form: 10 % empty, 40 % whole, 20 % partial, 30 % fragments."""
+    """A caption in a random form: 10 % empty, 35 % whole, 20 % partial, 35 % fragments."""
     u = rng.random()
     if u < EMPTY:
         return ""
-    if u < EMPTY + 0.40:
-        return sentence(scene, place=bool(rng.random() < 0.6))
-    return _partial(scene, rng) if u < 0.70 else _fragment(scene, rng)
+    if u < EMPTY + 0.35:
+        return sentence(scene, place=bool(rng.random() < 0.35))
+    return _partial(scene, rng) if u < 0.65 else _fragment(scene, rng)
 
 
 def vocabulary(seeds=4000):

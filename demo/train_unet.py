@@ -82,8 +82,10 @@ def thing_weights(pool):
 
 
 def chances(pool):
-    """The chance of each scene at every draw, float64 [pool]: twice that of others where a thing has many corners."""
+    """The chance of each scene at every draw, float64 [pool]: twice that of others where a thing has many corners, half
+    of it where there are two things (a lone "red star" is to be the star that is seen, not a second one)."""
     chance = np.array([2.0 if {thing.kind for thing in scene.things} & CORNERS else 1.0 for scene in pool])
+    chance *= np.array([0.5 if len(scene.things) > 1 else 1.0 for scene in pool])
     return chance / chance.sum()
 
 

@@ -225,10 +225,11 @@ def gap(a, b):
 
 @pytest.mark.parametrize(("link", "name"), PAIRS)
 def test_both_act(latent, link, name):
+    """Without either the latent is another, by ten times what two ways to the same edit may differ."""
     connect = (LINKS | MORE)[link]
     both = latent(connect(graph_of(name)))
-    assert gap(both, latent(graph_of(name))) > 1e-2
-    assert gap(both, latent(connect(graph_of(None)))) > 1e-2
+    assert gap(both, latent(graph_of(name))) > 1e-3
+    assert gap(both, latent(connect(graph_of(None)))) > 1e-3
 
 
 @pytest.mark.parametrize("link", LINKS)
