@@ -204,7 +204,7 @@ LINKS = {
     "ConditioningSetMask": masks,
     "DifferentialDiffusion": differential,
     "FreeU_V2": on_model("FreeU_V2", b1=1.3, b2=1.4, s1=0.9, s2=0.2),
-    "PerturbedAttentionGuidance": on_edit("PerturbedAttentionGuidance", scale=2.0),
+    "PerturbedAttentionGuidance": on_edit("PerturbedAttentionGuidance", scale=8.0),
 }
 MORE = {
     "ConditioningSetTimestepRange": window,
@@ -225,11 +225,10 @@ def gap(a, b):
 
 @pytest.mark.parametrize(("link", "name"), PAIRS)
 def test_both_act(latent, link, name):
-    """Without either the latent is another, by ten times what two ways to the same edit may differ."""
     connect = (LINKS | MORE)[link]
     both = latent(connect(graph_of(name)))
-    assert gap(both, latent(graph_of(name))) > 1e-3
-    assert gap(both, latent(connect(graph_of(None)))) > 1e-3
+    assert gap(both, latent(graph_of(name))) > 1e-2
+    assert gap(both, latent(connect(graph_of(None)))) > 1e-2
 
 
 @pytest.mark.parametrize("link", LINKS)
