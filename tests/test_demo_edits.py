@@ -1,7 +1,8 @@
 """What LEDITS promises, measured on held-out demo pictures with the demo model: edits hit the object and spare the rest.
 
 The pictures hold one thing each, of any pattern, size, place, ground and style. Settings were chosen on other pictures
-(seeds from 970,000 on); the objects' masks are used for measuring only. Run with -s to read the numbers.
+(seeds from 970,000 on); the objects' masks are used for measuring only. Run with -s to read the numbers. The stored
+weights, though, were taken from several after a look at these pictures (demo/README.md), and they fail the fragment.
 LEDITS_DEMO_WEIGHTS names other weights than the pack's, LEDITS_DEMO_PICTURES a smaller number of pictures.
 """
 
@@ -44,12 +45,12 @@ class Task:
         return captions.sentence(pictures.recoloured(self.scene, self.colour))
 
     @property
-    def two_words(self):
-        return captions.with_article(f"{self.colour} {self.scene.things[0].kind}")
+    def fragment(self):
+        return f"{self.colour} {self.scene.things[0].kind}"
 
     @property
-    def fragment(self):
-        return f"{self.two_words} {self.scene.things[0].place}"
+    def phrase(self):
+        return f"{captions.with_article(self.fragment)} {self.scene.things[0].place}"
 
 
 def make_tasks(count=COUNT, **where):
@@ -144,18 +145,18 @@ def test_target_sentence(editor, tasks):
 
 
 @pytest.mark.parametrize(
-    ("form", "threshold", "least", "least_psnr"),
+    ("form", "threshold"),
     [
-        ("target", 0.8, 0.80, 24),  # "a yellow star on the left on a blue ground"
-        ("fragment", 0.9, 0.80, 24),  # "a yellow star on the left"
-        ("two_words", 0.9, 0.50, 22),  # "a yellow star": may act elsewhere, as README and help say
+        ("target", 0.8),  # "a yellow star on the left on a blue ground"
+        ("phrase", 0.9),  # "a yellow star on the left"
+        ("fragment", 0.8),  # "yellow star"
     ],
 )
-def test_concept_alone(editor, tasks, form, threshold, least, least_psnr):
+def test_concept_alone(editor, tasks, form, threshold):
     edited = editor.edit(tasks, nothing, nothing, 1.0, lambda t: getattr(t, form), threshold=threshold)
     share, psnr = verdict(tasks, edited)
-    told(f"concept alone, {form}", share, psnr)
-    assert share >= least and psnr >= least_psnr
+    told(f"concept alone, {'sentence' if form == 'target' else form}", share, psnr)
+    assert share >= 0.80 and psnr >= 24
 
 
 def test_more_scale_gives_more_of_the_concept(editor, tasks):
