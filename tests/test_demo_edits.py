@@ -49,7 +49,7 @@ class Task:
         return f"{self.colour} {self.scene.things[0].kind}"
 
     @property
-    def phrase(self):
+    def placed(self):
         return f"{captions.with_article(self.fragment)} {self.scene.things[0].place}"
 
 
@@ -148,7 +148,7 @@ def test_target_sentence(editor, tasks):
     ("form", "threshold"),
     [
         ("target", 0.8),  # "a yellow star on the left on a blue ground"
-        ("phrase", 0.9),  # "a yellow star on the left"
+        ("placed", 0.9),  # "a yellow star on the left"
         ("fragment", 0.8),  # "yellow star"
     ],
 )
