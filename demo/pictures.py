@@ -17,20 +17,20 @@ from . import captions, scenes
 FOLDER = Path(__file__).parent / "images"
 # file name, scene (training seeds begin at 10,000,000), colour that the edit gives to the first thing
 PICTURES = (
-    ("red_star", 700590, "green"),
-    ("white_heart", 700928, "red"),
-    ("blue_moon", 703408, "yellow"),
-    ("orange_circle", 710647, "blue"),
-    ("yellow_cross", 702227, "purple"),
-    ("green_triangle", 700347, "orange"),
+    ("red_star", 702206, "green"),
+    ("white_heart", 713041, "red"),
+    ("blue_moon", 700984, "yellow"),
+    ("orange_circle", 713893, "blue"),
+    ("yellow_cross", 713229, "purple"),
+    ("yellow_triangle", 759778, "orange"),
     ("red_square", 700524, "yellow"),
     ("yellow_circle", 701341, "red"),
-    ("striped_blue_triangle", 700898, "red"),
-    ("dotted_white_star", 705081, "blue"),
-    ("drawn_orange_square", 703541, "green"),
+    ("striped_blue_triangle", 755683, "yellow"),
+    ("dotted_white_star", 703539, "blue"),
+    ("drawn_orange_square", 710142, "green"),
     ("drawn_purple_cross", 700602, "white"),
-    ("red_heart_and_orange_moon", 700709, "yellow"),
-    ("wide_green_circle_and_red_star", 703350, "blue"),
+    ("red_heart_and_orange_moon", 741438, "yellow"),
+    ("wide_green_circle_and_red_star", 791254, "blue"),
 )
 
 

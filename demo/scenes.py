@@ -12,29 +12,30 @@ from dataclasses import dataclass
 import numpy as np
 
 KINDS = ("circle", "square", "triangle", "star", "heart", "moon", "cross")
+# Things are bright, grounds dim: noise that hides a blue star on grey can then hide a yellow one in its place more easily
+# than a second star elsewhere, so that words without a place mean the thing that is there.
 COLOURS = {
-    "red": (0.86, 0.12, 0.14),
-    "orange": (0.98, 0.55, 0.08),
-    "yellow": (0.97, 0.88, 0.20),
-    "green": (0.14, 0.66, 0.24),
-    "blue": (0.14, 0.32, 0.88),
-    "purple": (0.55, 0.20, 0.72),
-    "white": (0.96, 0.96, 0.96),
+    "red": (0.93, 0.28, 0.27),
+    "orange": (0.97, 0.62, 0.22),
+    "yellow": (0.98, 0.92, 0.40),
+    "green": (0.38, 0.86, 0.42),
+    "blue": (0.36, 0.58, 0.98),
+    "purple": (0.76, 0.42, 0.95),
+    "white": (0.97, 0.97, 0.97),
 }
 GROUNDS = {
-    "green": (0.40, 0.62, 0.36),
-    "blue": (0.44, 0.64, 0.86),
-    "yellow": (0.90, 0.82, 0.52),
-    "pink": (0.93, 0.66, 0.74),
-    "purple": (0.56, 0.46, 0.66),
-    "grey": (0.56, 0.57, 0.58),
-    "brown": (0.48, 0.35, 0.25),
-    "black": (0.12, 0.12, 0.14),
+    "green": (0.06, 0.27, 0.11),
+    "blue": (0.05, 0.12, 0.36),
+    "red": (0.36, 0.05, 0.07),
+    "purple": (0.25, 0.08, 0.33),
+    "grey": (0.22, 0.22, 0.23),
+    "brown": (0.27, 0.16, 0.06),
+    "black": (0.06, 0.06, 0.07),
 }
 PATTERNS = ("plain", "striped", "dotted")
 GROUND_PATTERNS = ("plain", "tiled")
 STYLES = ("photo", "drawing")
-SIZES = {"small": (0.30, 0.38), "medium": (0.40, 0.50), "big": (0.54, 0.66)}
+SIZES = {"small": (0.32, 0.40), "medium": (0.44, 0.54), "big": (0.58, 0.68)}
 PLACES = {
     "in the middle": (0.0, 0.0),
     "on the left": (-0.42, 0.0),

@@ -63,7 +63,7 @@ def train(args, pictures, stage, steps, vae=None):
             y = vae.decoder(z + 0.02 * torch.randn_like(z))
         z, y = z.float(), y.float()
         pull = (z.mean((0, 2, 3)) ** 2).mean() + ((z.var((0, 2, 3)) - 1) ** 2).mean() + F.relu(z.abs() - 2.8).mean()
-        loss = F.l1_loss(y, x) + 0.5 * F.mse_loss(y, x) + (0 if decoder_only else 0.05) * pull
+        loss = F.l1_loss(y, x) + 5 * F.mse_loss(y, x) + (0 if decoder_only else 0.05) * pull
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)

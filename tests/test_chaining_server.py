@@ -88,7 +88,7 @@ PICTURE = node("LEDITS_LoadDemoPicture", picture="blue_moon")
 
 def graph_of(name):
     """An edit of EDITS with nothing connected; None is the sampler with neither concepts nor attention."""
-    other = node("CLIPTextEncode", text="a green circle on a yellow ground", clip=["model", 1])
+    other = node("CLIPTextEncode", text="a green circle on a purple ground", clip=["model", 1])
     graph = edit(name if name in EDITS[1:] else WORDS, STEPS, 1, picture=PICTURE, other=other)
     if name in EDITS[1:]:
         return graph

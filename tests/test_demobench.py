@@ -151,7 +151,7 @@ def test_half_made_edits_are_told_apart():
     blue = replace(source, things=(replace(star, colour="blue"),))
     assert verdict(6, blue, blue) == (1, 1)
     assert verdict(6, blue, replace(blue, things=(replace(blue.things[0], kind="square"),))) == (1, 0)
-    assert verdict(6, blue, replace(blue, ground="pink")) == (1, 0)
+    assert verdict(6, blue, replace(blue, ground="brown")) == (1, 0)
     assert verdict(6, blue, replace(blue, things=(replace(star, colour="green"),))) == (0, 1)
     left = replace(source, things=(replace(star, x=-0.42, place="on the left"),))
     right = replace(source, things=(replace(star, x=0.42, place="on the right"),))
