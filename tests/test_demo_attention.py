@@ -144,7 +144,7 @@ def p2p(cross, own, blend=False, node=PromptToPromptNode, **more):
     return controls
 
 
-WINDOWS = {"colour": (0.8, 0.4), "kind": (0.4, 0.6)}  # of cross- and self-attention; a new kind needs its own outline
+WINDOWS = {"colour": (0.8, 0.4), "kind": (0.6, 0.8)}  # of cross- and self-attention
 
 
 def swaps(what):
@@ -154,7 +154,7 @@ def swaps(what):
         "cfg, DDIM path": {"direct": False},
         "P2P, Direct path": {"controls": p2p(*windows)},
         "P2Plus, Direct path": {"controls": p2p(*windows, node=P2PlusNode, uncond_self_replace_steps=0.5)},
-        "P2P with local blend": {"controls": p2p(*windows, blend=True, threshold=0.2)},
+        "P2P with local blend": {"controls": p2p(*windows, blend=True, threshold=0.5)},
     }
 
 
