@@ -2,7 +2,7 @@
 
 Every picture is measured by what is true about it (colour by segmentation, kind by shape matching, place by mask). Run
 with -s to read the tables; LEDITS_DEMO_PICTURES makes them smaller. Settings were chosen on other pictures (seeds from
-970,000 on). The prompts, though, named the place at first; they were worded anew after MasaCtrl was seen to show nothing on
+970,000 on; local blend's threshold on kinds alone). The prompts, though, named the place at first; they were worded anew after MasaCtrl was seen to show nothing on
 these pictures that way.
 """
 
