@@ -5,9 +5,10 @@ with -s to read the tables; LEDITS_DEMO_PICTURES makes them smaller. Settings we
 970,000 on). The prompts, though, named the place at first; they were worded anew after MasaCtrl was seen to show nothing on
 these pictures that way.
 
-A swap of kind is kept far better than without attention control, but not made more often: 57 of 60 both ways. Its windows are
-the third that were measured here, chosen on 120 other pictures after the first two had failed: 0.6 and 0.8 made 56; the
-paper's with 0.4 for the new word alone made 55.
+A swap of kind keeps far more of the picture than without attention control, and the thing more often where it was. It is
+hardly made more often: 58 of 60 here, 57 without; of 60 from seed 990,000 on 56 and 59; of the 192 that the settings were
+chosen on 187 and 184. Those settings are the fourth that were measured on these 60: windows of 0.6 and 0.8, 0.8 and 0.4 (the
+new word 0.4), 0.4 and 0.4, all on the coarser grids alone, made 56, 55 and 57.
 """
 
 import functools
@@ -23,6 +24,8 @@ from comfyui_ledits.nodes.attention import MasaCtrlNode, P2PlusNode, PlugAndPlay
 from comfyui_ledits.nodes.ddim import DDIMInversion, DirectInversion
 from comfyui_ledits.nodes.sampling import LeditsKSampler
 from demo_nodes import DemoNodes, draw, held_out
+
+from evaluation import demobench_truth
 
 pytestmark = pytest.mark.demo
 
@@ -148,17 +151,20 @@ def p2p(cross, own, blend=False, node=PromptToPromptNode, **more):
     return controls
 
 
-WINDOWS = {"colour": (0.8, 0.4), "kind": (0.4, 0.4)}  # of cross- and self-attention
+# Windows of cross- and self-attention, and of the negative's self-attention for P2Plus. For kinds self-attention is
+# replaced on all grids: the released code does so up to 32 x 32 places (at first 16 x 16), and 16 x 16 are all of these.
+SETTINGS = {"colour": (0.8, 0.4, 0.5, "p2p"), "kind": (0.3, 0.3, 0.3, "all")}
 
 
 def swaps(what):
     """Ways to swap a word: {name: arguments of `Editor.run`}."""
-    windows = WINDOWS[what]
+    cross, own, uncond, blocks = SETTINGS[what]
+    with_settings = functools.partial(p2p, cross, own, self_blocks=blocks)
     return {
         "cfg, DDIM path": {"direct": False},
-        "P2P, Direct path": {"controls": p2p(*windows)},
-        "P2Plus, Direct path": {"controls": p2p(*windows, node=P2PlusNode, uncond_self_replace_steps=0.5)},
-        "P2P with local blend": {"controls": p2p(*windows, blend=True, threshold=0.5)},
+        "P2P, Direct path": {"controls": with_settings()},
+        "P2Plus, Direct path": {"controls": with_settings(node=P2PlusNode, uncond_self_replace_steps=uncond)},
+        "P2P with local blend": {"controls": with_settings(blend=True, threshold=0.5)},
     }
 
 
@@ -181,6 +187,12 @@ def table(title, rows):
         print(f"  {name:24} " + "  ".join(f"{k} {v:.3f}" if v < 2 else f"{k} {v:.2f}" for k, v in values.items()))
 
 
+def in_its_place(task, edited):
+    """Whether a thing of the asked-for kind lies where the source's was, as Demo-Bench judges it (overlap of 0.4)."""
+    found = demobench_truth.at(measure.read(edited), draw(task.asked)[1])
+    return found is not None and found.kind == task.asked.things[0].kind
+
+
 @pytest.mark.parametrize("what", ["colour", "kind"])
 def test_word_swap(editor, what):
     """The prompts do not say where the thing is: that is what attention is to keep."""
@@ -191,12 +203,15 @@ def test_word_swap(editor, what):
         found[name] = {
             "share": float(np.mean([right(t, e, what) for t, e in zip(asked, edited)])),
             "dB": float(np.mean([kept(t, e) for t, e in zip(asked, edited)])),
+            "in its place": float(np.mean([in_its_place(t, e) for t, e in zip(asked, edited)])),
         }
     table(f"{what} swapped in {len(asked)} pictures, {STEPS} steps, cfg {CFG}", found)
     base, least = found.pop("cfg, DDIM path"), {"colour": 0, "kind": 2}[what]
     for name, row in found.items():
-        assert row["share"] >= 0.85 and row["share"] >= base["share"], name
+        more = row["share"] - base["share"]
+        assert row["share"] >= 0.85 and (more >= 0 if "blend" in name else more > 0), name
         assert row["dB"] >= base["dB"] + (3 if "blend" in name else least), name
+        assert row["in its place"] > base["in its place"], name
 
 
 def test_masactrl_moves_an_object_that_stays_the_same(editor):
