@@ -41,8 +41,9 @@ COMFYUI_SOURCES = {
     "0.18.2": ("2.0.0", "1a16cb669ce8d7730f518e1337c763bbd2f125d97400384cf8b0276672c6c4af"),
 }
 # Installed in one pip call with ComfyUI's requirements.txt, so that pip settles on one set that fits them all.
-PACKAGES = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0", "pytest==9.2.0", "ruff==0.17.5",
-            "diffusers==0.42.1; python_version >= '3.11'", "torchmetrics==1.9.0", "distributed==2026.8.0")
+REQUIREMENTS = ROOT / "requirements-dev.txt"
+# Runs a tool of this pack in the set-up.
+RUN = "tools/run.py"
 # PyPI's torch for Linux brings the CUDA libraries along.
 INSTALL_GB, NEEDED_GB = (6, 9) if sys.platform == "linux" else (2, 4)
 
@@ -189,7 +190,7 @@ def version_of(python):
 
 def install_packages(venv, python, comfyui):
     requirements = comfyui / "requirements.txt"
-    wanted = json.dumps([requirements.read_text("utf-8"), PACKAGES, version_of(python)])
+    wanted = json.dumps([requirements.read_text("utf-8"), REQUIREMENTS.read_text("utf-8"), version_of(python)])
     wanted = hashlib.sha256(wanted.encode()).hexdigest()
     before = state(venv)
     if before == wanted:
@@ -203,7 +204,7 @@ def install_packages(venv, python, comfyui):
     touched = True
     try:
         code, output = run_logged([python, "-m", "pip", "install", "--no-input", "--disable-pip-version-check",
-                                   "--progress-bar=off", "-r", requirements, *PACKAGES], doing)
+                                   "--progress-bar=off", "-r", requirements, "-r", REQUIREMENTS], doing)
         touched = not code or "Installing collected packages" in output
         if code:
             raise Stop(sentence(output, "pip could not install the packages"))
@@ -468,7 +469,7 @@ def demo(arguments):
     home, log = set_up(), DEV / "demo-server.log"
     say("Starting ComfyUI ...")
     with start_server(home, log=log) as (url, process):
-        code = run_inside(home, "demo/run.py", "--server", url, "--output", ROOT / "output", *arguments)
+        code = run_inside(home, RUN, "demo_run", "--server", url, "--output", ROOT / "output", *arguments)
         if process.poll() is not None:
             raise Stop(f"ComfyUI ended during the demo (exit code {process.returncode})" + tail(log))
     if code:
@@ -504,21 +505,21 @@ def serve(arguments):
         return process.wait()
 
 
-def script(path):
-    """A command that runs a script of this pack in the set-up."""
-    return lambda arguments: run_inside(set_up(), path, *arguments)
+def tool(name):
+    """A command that runs a tool of this pack in the set-up."""
+    return lambda arguments: run_inside(set_up(), RUN, name, *arguments)
 
 
-def beside_server(path):
-    """A command that runs a script of this pack beside a ComfyUI server, which is started unless one is given."""
+def beside_server(name):
+    """A command that runs a tool of this pack beside a ComfyUI server, which is started unless one is given."""
     def run(arguments):
-        home, log = set_up(), DEV / f"{pathlib.Path(path).stem}-server.log"
+        home, log = set_up(), DEV / f"{name.rpartition('.')[2]}-server.log"
         given = {argument.split("=")[0] for argument in arguments}
         if given & {"--server", "--scheduler", "-h", "--help"}:
-            return run_inside(home, path, *arguments)
+            return run_inside(home, RUN, name, *arguments)
         say("Starting ComfyUI ...")
         with start_server(home, log=log) as (url, process):
-            code = run_inside(home, path, *arguments, "--server", url)
+            code = run_inside(home, RUN, name, *arguments, "--server", url)
             if process.poll() is not None:
                 raise Stop(f"ComfyUI ended meanwhile (exit code {process.returncode})" + tail(log))
         return code
@@ -529,10 +530,13 @@ COMMANDS = {
     "demo": (demo, demo.__doc__),
     "test": (test, test.__doc__),
     "serve": (serve, serve.__doc__),
-    "bench": (script("demo/bench.py"), "print the benchmark"),
-    "demobench": (beside_server("evaluation/demobench_run.py"), "compare the methods on the demo model's pictures"),
-    "piebench": (beside_server("evaluation/piebench_run.py"), "compare the methods on PIE-Bench; --data FOLDER"),
-    "benchworker": (beside_server("evaluation/runner_dask.py"), "take a share of a benchmark on a Dask cluster"),
+    "bench": (tool("benchmarks.speed"), "print the benchmark"),
+    "demobench": (beside_server("benchmarks.demobench_run"), "compare the methods on the demo model's pictures"),
+    "piebench": (beside_server("benchmarks.piebench_run"), "compare the methods on PIE-Bench; --data FOLDER"),
+    "benchworker": (beside_server("benchmarks.runner_dask"), "take a share of a benchmark on a Dask cluster"),
+    "hashes": (beside_server("workflow_hashes"), "print hashes of what the example workflows make"),
+    "schema": (tool("schema_snapshot"), "write down the nodes that saved workflows rely on"),
+    "translations": (tool("translations"), "bring locales/ up to date"),
 }
 
 

@@ -6,7 +6,7 @@ import comfy.model_patcher
 import comfy.patcher_extension
 from comfy.ldm.modules.attention import optimized_attention
 
-from . import unet
+from .backbones import unet
 
 
 def attention(q, k, v, extra):

@@ -8,7 +8,7 @@ import torch
 from . import attend, patches
 from .controls.pix2pix_zero import MapDistance
 from .edits import COND, SOURCE, UNCOND, CrossEdit
-from .seen import Seen
+from .observed import Seen
 from .source_pass import SourcePass
 
 
@@ -156,13 +156,13 @@ class AttentionRun(SourcePass):
         step, layout = self._step, self.layout
         edited = [x for x in layout.layers if any(b.self_edit(step, x, br) for b in self.bound for br in self.branches)]
         words = [x for x in layout.layers
-                 if any(b.cross_edit(step, x) or b.word_maps(step, x) is not None for b in self.bound)]  # fmt: skip
+                 if any(b.cross_edit(step, x) or b.word_maps(step, x) is not None for b in self.bound)]
         blocks = [x for x in layout.resblocks
-                  if any(b.feature_edit(step, x, br) for b in self.bound for br in self.branches)]  # fmt: skip
+                  if any(b.feature_edit(step, x, br) for b in self.bound for br in self.branches)]
         if not (edited or words or blocks):
             return self.options
         options = patches.install(self.options, (edited, self._self_attention), (words, self._cross_attention),
-                                  (blocks, self._feature))  # fmt: skip
+                                  (blocks, self._feature))
         options["ledits_branches_differ"] = True  # an equal positive and negative are no longer the same
         if any(b.reads_words for b in self.bound):
             name = "sampler_calc_cond_batch_function"

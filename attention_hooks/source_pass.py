@@ -8,14 +8,15 @@ import comfy.sampler_helpers
 import comfy.samplers
 import torch
 
-from . import patches, unet
+from . import patches
+from .backbones import unet
 from .controls.p2p import require_cross
 from .edits import COND, NEGATIVE, SOURCE, UNCOND, Setting, Slot
 from .store import AttentionStore, Origin, fingerprint
 
 # What a source conditioning keeps of its entry: the words, nothing that limits where or when they act.
 _LIMITS = ("control", "hooks", "gligen", "area", "mask", "strength", "default", "timestep_start", "timestep_end",
-           "start_percent", "end_percent", "clip_start_percent", "clip_end_percent", "control_apply_to_uncond")  # fmt: skip
+           "start_percent", "end_percent", "clip_start_percent", "clip_end_percent", "control_apply_to_uncond")
 # A source batch may take as much memory as the target's call, or this much, and not more than 16 steps.
 _FREE_BYTES, _MOST_STEPS = 256 * 2**20, 16
 
@@ -71,7 +72,7 @@ class SourcePass:
     """
 
     def __init__(self, controls, guider, path, start, steps, options, latent_image=None, denoise_mask=None, store=None,
-                 batch_levels=True, steps_at_once=0):  # fmt: skip
+                 batch_levels=True, steps_at_once=0):
         require_cross(controls)
         patches.check_caches(options)
         self.controls, self.guider, self.path, self.start, self.steps = tuple(controls), guider, path, start, steps

@@ -71,7 +71,7 @@ def _fragment(scene, rng):
         with_article(f"{thing.colour} {thing.kind}"), f"{thing.kind}, {thing.colour}", thing_words(thing),
         with_article(thing_words(thing)), f"{thing.colour} {thing.kind}, {scene.ground} ground",
         f"{thing.kind} {thing.place}", thing.place,
-    ]  # fmt: skip
+    ]
     options += [thing.pattern, f"{thing.pattern} {thing.kind}"] if thing.pattern != "plain" else []
     options += [thing.size, f"{thing.size} {thing.kind}"] if thing.size != "medium" else []
     return options[rng.integers(len(options))]

@@ -31,7 +31,7 @@ class DemoConfig(comfy.supported_models.SD15):
 class DemoTextModel(comfy.sd1_clip.SDClipModel):
     def __init__(self, device="cpu", dtype=None, model_options={}):
         super().__init__(device=device, dtype=dtype, return_projected_pooled=False, model_options=model_options,
-                         textmodel_json_config=dict(nets.TEXT_CONFIG))  # fmt: skip
+                         textmodel_json_config=dict(nets.TEXT_CONFIG))
 
 
 class DemoClipModel(comfy.sd1_clip.SD1ClipModel):
@@ -58,7 +58,7 @@ def load(path=nets.WEIGHTS):
     if not path.is_file():
         raise FileNotFoundError(
             f"The demo model's weights are missing ({path.name} in the pack's demo folder). "
-            "Install the pack again, or train them with demo/train.py."
+            "Install the pack again, or train them with tools/training/train.py of the repository."
         )
     state = comfy.utils.load_torch_file(str(path), safe_load=True)
     model = _model(state)

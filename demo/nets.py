@@ -27,12 +27,12 @@ UNET_CONFIG = {
     "transformer_depth_middle": 1, "context_dim": CONTEXT, "num_heads": HEADS, "num_head_channels": -1,
     "use_spatial_transformer": True, "use_linear_in_transformer": False, "adm_in_channels": None,
     "use_temporal_attention": False, "legacy": False,
-}  # fmt: skip
+}
 TEXT_CONFIG = {
     "hidden_size": CONTEXT, "intermediate_size": 4 * CONTEXT, "num_hidden_layers": TEXT_LAYERS,
     "num_attention_heads": TEXT_HEADS, "max_position_embeddings": TOKENS, "hidden_act": "quick_gelu",
     "layer_norm_eps": 1e-5, "bos_token_id": 0, "eos_token_id": EOS, "pad_token_id": 1, "vocab_size": 49408,
-}  # fmt: skip
+}
 
 
 def alphas_cumprod():
@@ -68,7 +68,7 @@ def build_unet():
         sample_size=SIDE // FACTOR, in_channels=LATENT_CHANNELS, out_channels=LATENT_CHANNELS,
         block_out_channels=CHANNELS, layers_per_block=1, attention_head_dim=HEADS, cross_attention_dim=CONTEXT,
         down_block_types=("CrossAttnDownBlock2D",) * 3, up_block_types=("CrossAttnUpBlock2D",) * 3,
-    )  # fmt: skip
+    )
 
 
 def build_text(rows):
@@ -149,5 +149,5 @@ def load_diffusers(path=WEIGHTS):
     text.load_state_dict({
         k: state[prefix + ("" if k.startswith("text_model.") else "text_model.") + k].float()
         if v.is_floating_point() else v for k, v in text.state_dict().items()
-    })  # fmt: skip
+    })
     return vae.eval(), unet.eval(), text.eval(), tokens

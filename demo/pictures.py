@@ -3,7 +3,7 @@
     python -m demo.pictures        # draws demo/images/*.png and demo/images/truth.json again
 
 `truth.json` holds for every file its scene (so masks and the true picture of an edit can be drawn), its caption and
-the edit that `demo/run.py` asks for. Needs numpy and Pillow.
+the edit that `tools/demo_run.py` asks for. Needs numpy and Pillow.
 """
 
 import json

@@ -135,7 +135,7 @@ def _moon(x, y):
 SHAPES = {
     "circle": _circle, "square": _square, "triangle": _triangle, "star": _star,
     "heart": _heart, "moon": _moon, "cross": _cross,
-}  # fmt: skip
+}
 
 
 def _grid(side):
@@ -247,6 +247,6 @@ def random_scene(seed, things=None, style=None, ground_pattern=None, pattern=Non
         wanted = pick(size, SIZES, [0.25, 0.5, 0.25]) if count == 1 else "small"
         place, x, y, radius = _place(rng, wanted, side)
         made.append(Thing(kinds[i], colours[i], pick(pattern, PATTERNS, [0.6, 0.2, 0.2]), wanted, place, x, y, radius,
-                          round(float(rng.uniform(-0.25, 0.25)), 4)))  # fmt: skip
+                          round(float(rng.uniform(-0.25, 0.25)), 4)))
     return Scene(tuple(made), ground, pick(ground_pattern, GROUND_PATTERNS, [0.75, 0.25]),
-                 pick(style, STYLES, [0.85, 0.15]), int(seed))  # fmt: skip
+                 pick(style, STYLES, [0.85, 0.15]), int(seed))

@@ -42,7 +42,7 @@ class About:
 def _pixel(doc, scale, heading, better):
     """A metric of the whole picture, and its two parts."""
     return {part: About(f"{doc}, {where}", scale, f"{heading}{short}", better) for part, where, short in (
-        ("", "whole picture", ""), ("_unedit_part", "outside the mask", " unedited"), ("_edit_part", "inside it", " edited"))}  # fmt: skip
+        ("", "whole picture", ""), ("_unedit_part", "outside the mask", " unedited"), ("_edit_part", "inside it", " edited"))}
 
 
 _PIXEL = {
@@ -65,7 +65,7 @@ METRICS = {
 """Every metric by its name in the published evaluation: About."""
 
 PUBLISHED = ("structure_distance", "psnr_unedit_part", "lpips_unedit_part", "mse_unedit_part", "ssim_unedit_part",
-             "clip_similarity_source_image", "clip_similarity_target_image", "clip_similarity_target_image_edit_part")  # fmt: skip
+             "clip_similarity_source_image", "clip_similarity_target_image", "clip_similarity_target_image_edit_part")
 """The columns of the published evaluation, in its order. Its table prints all but clip_similarity_source_image."""
 
 
@@ -202,7 +202,7 @@ class _Pair:
         source, edited, self.mask = (torch.as_tensor(x).detach().float().cpu() for x in (source, edited, mask))
         if source.ndim != 3 or source.shape[2] != 3 or edited.shape != source.shape or self.mask.shape != source.shape[:2]:
             raise ValueError(f"The source is {list(source.shape)}, the edit {list(edited.shape)} and the mask "
-                             f"{list(self.mask.shape)}: they have to be [H, W, 3], [H, W, 3] and [H, W] of one size.")  # fmt: skip
+                             f"{list(self.mask.shape)}: they have to be [H, W, 3], [H, W, 3] and [H, W] of one size.")
         self.mask = self.mask.clamp(0, 1)
         a, b = pixels.to_bytes(source), pixels.to_bytes(edited)
         b = pixels.through_jpeg(b) if metrics.jpeg else b

@@ -39,7 +39,7 @@ def _clip(repo, make=""):
 def _torchvision(name):
     return Known(None, (WEIGHTS,), "import os, torchvision.models as m, safetensors.torch as s; f = r'{0}'; "
                  "os.makedirs(f, exist_ok=True); "
-                 f"s.save_file(m.{name}(weights='DEFAULT').state_dict(), os.path.join(f, '{WEIGHTS}'))")  # fmt: skip
+                 f"s.save_file(m.{name}(weights='DEFAULT').state_dict(), os.path.join(f, '{WEIGHTS}'))")
 
 
 NETWORKS = {
@@ -50,7 +50,7 @@ NETWORKS = {
         "t.CLIPModel.from_pretrained(n).save_pretrained(f); t.CLIPProcessor.from_pretrained(n).save_pretrained(f)"),
     "squeezenet1_1": _torchvision("squeezenet1_1"),
     "alexnet": _torchvision("alexnet"),
-}  # fmt: skip
+}
 LPIPS = {"squeeze": "squeezenet1_1", "alex": "alexnet"}
 
 

@@ -2,14 +2,14 @@
 
 from comfy_api.latest import io
 
-from ..attention_hooks import words
 from ..attention_hooks.blocks import HELP, preset_help
 from ..attention_hooks.controls.local_blend import LocalBlend
 from ..attention_hooks.controls.masactrl import MasaCtrl
 from ..attention_hooks.controls.p2p import PromptToPrompt
 from ..attention_hooks.controls.pnp import PlugAndPlay
+from ..attention_hooks.text import widget_text
 from . import sockets
-from .prompts import CATEGORY
+from .edit_prompts import CATEGORY
 
 
 def prompts_input(optional=False, more=""):
@@ -23,17 +23,17 @@ def chain_input():
 def source_input():
     return io.Conditioning.Input("source", optional=True,
                                  tooltip="What the picture shows, as encoded for the inversion. Without it, and without "
-                                 "prompts, the edit's negative.")  # fmt: skip
+                                 "prompts, the edit's negative.")
 
 
 def fraction_input(name, default, tooltip, advanced=False):
     return io.Float.Input(name, default=default, min=0.0, max=1.0, step=0.01, tooltip=tooltip,
-                          **({"optional": True, "advanced": True} if advanced else {}))  # fmt: skip
+                          **({"optional": True, "advanced": True} if advanced else {}))
 
 
 def blocks_input(name, default, what):
     return io.String.Input(name, default=default, optional=True, advanced=True,
-                           tooltip=f"{what} {preset_help(default) if default != 'all' else ''} {HELP}")  # fmt: skip
+                           tooltip=f"{what} {preset_help(default) if default != 'all' else ''} {HELP}")
 
 
 def attention_output():
@@ -70,22 +70,22 @@ def _p2p_inputs(cross, own, uncond=None):
         blocks_input("cross_blocks", "all", "Where cross-attention is edited."),
         blocks_input("blend_blocks", "words", "Which layers' maps make the local blend's mask:"),
         chain_input(),
-    ]  # fmt: skip
+    ]
 
 
 def _p2p(prompts, cross_replace_steps, self_replace_steps, uncond_self_replace_steps=0.0, equalizer="", blend_words="",
          substruct_words="", threshold=0.3, start_blend=0.2, word_steps="", cross_replace_start=0.0,
-         self_replace_start=0.0, self_blocks="p2p", cross_blocks="all", blend_blocks="words", attention=None):  # fmt: skip
+         self_replace_start=0.0, self_blocks="p2p", cross_blocks="all", blend_blocks="words", attention=None):
     blend = None
-    if words.phrases(blend_words):
-        blend = LocalBlend(words.phrases(blend_words), words.phrases(substruct_words), threshold, threshold, start_blend,
-                           blend_blocks)  # fmt: skip
-    elif words.phrases(substruct_words):
+    if widget_text.phrases(blend_words):
+        blend = LocalBlend(widget_text.phrases(blend_words), widget_text.phrases(substruct_words), threshold, threshold, start_blend,
+                           blend_blocks)
+    elif widget_text.phrases(substruct_words):
         raise ValueError("substruct_words take away from the place of blend_words: write those too.")
     control = PromptToPrompt(
-        prompts, None, (cross_replace_start, cross_replace_steps), words.windows(word_steps), words.factors(equalizer),
+        prompts, None, (cross_replace_start, cross_replace_steps), widget_text.windows(word_steps), widget_text.factors(equalizer),
         (self_replace_start, self_replace_steps), (0.0, uncond_self_replace_steps), cross_blocks, self_blocks, blend,
-    )  # fmt: skip
+    )
     control.check()
     return io.NodeOutput((*(attention or ()), control))
 
@@ -160,16 +160,16 @@ class MasaCtrlNode(io.ComfyNode):
                 chain_input(),
             ],
             outputs=attention_output(),
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(cls, start_step, start_layer="masactrl", target_keys=False, prompts=None, source=None, source_mask=None,
                 target_mask=None, source_words="", target_words="", threshold=0.1, end_step=1.0, word_blocks="words",
-                attention=None):  # fmt: skip
+                attention=None):
         control = MasaCtrl(
             prompts, source, (start_step, end_step), start_layer, target_keys, source_mask, target_mask,
-            words.phrases(source_words), words.phrases(target_words), threshold, word_blocks,
-        )  # fmt: skip
+            widget_text.phrases(source_words), widget_text.phrases(target_words), threshold, word_blocks,
+        )
         control.check()
         return io.NodeOutput((*(attention or ()), control))
 
@@ -195,11 +195,11 @@ class PlugAndPlayNode(io.ComfyNode):
                 chain_input(),
             ],
             outputs=attention_output(),
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(cls, pnp_f_t, pnp_attn_t, prompts=None, source=None, feature_blocks="pnp_features",
-                attention_blocks="pnp", attention=None):  # fmt: skip
+                attention_blocks="pnp", attention=None):
         control = PlugAndPlay(prompts, source, (0.0, pnp_f_t), (0.0, pnp_attn_t), feature_blocks, attention_blocks)
         return io.NodeOutput((*(attention or ()), control))
 

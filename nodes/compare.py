@@ -9,8 +9,9 @@ from comfy_api.latest import io
 from ..samplers import models
 from ..samplers.guider import LeditsGuider
 from ..samplers.ledits import LeditsSampler
-from ..samplers.phases import PhasedSampler
-from . import feedback, sheet
+from ..samplers.phased import PhasedSampler
+from . import feedback
+from .drawing import sheet
 from .sampling import SOLVERS, edit, edit_inputs, fine_inputs, path_inputs, sigmas_after
 
 CATEGORY = "LEDITS/compare"
@@ -19,7 +20,7 @@ MOST = 32  # pictures of a sheet that have a socket
 
 def _size():
     return io.Int.Input("size", default=0, min=0, max=4096, optional=True, advanced=True,
-                        tooltip="Longer side of a picture on the sheet, in pixels. 0 keeps them as they are.")  # fmt: skip
+                        tooltip="Longer side of a picture on the sheet, in pixels. 0 keeps them as they are.")
 
 
 def _sized(pictures, size):
@@ -56,7 +57,7 @@ class Sheet(io.ComfyNode):
                 _size(),
             ],
             outputs=[io.Image.Output(display_name="sheet", tooltip="One picture, for Preview Image or Save Image.")],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(cls, images, labels, columns, size=0):
@@ -129,11 +130,11 @@ class Sweep(io.ComfyNode):
                 io.Latent.Output(display_name="latents",
                                  tooltip="All edits as a batch, row by row; of a batch the pictures of one edit together."),
             ],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(cls, model, positive, negative, inversion, vae, skip_values, cfg_values, concepts=None, mask=None,
-                solver=SOLVERS[0], attention=None, store=None, size=0):  # fmt: skip
+                solver=SOLVERS[0], attention=None, store=None, size=0):
         models.check(model, inversion)
         skips, scales = skips_of(skip_values, inversion.steps), scales_of(cfg_values)
         runs = [(sigmas_after(inversion, skip), cfg) for skip in skips for cfg in scales]

@@ -55,7 +55,7 @@ class LoadDemoPicture(io.ComfyNode):
                 io.Mask.Output(display_name="mask", tooltip="Where the thing is that the caption names first."),
                 io.String.Output(display_name="caption", tooltip="What the picture shows: a source prompt."),
             ],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(cls, picture):

@@ -4,27 +4,44 @@ from comfy_api.latest import ComfyExtension
 
 from . import (
     attention,
-    capture,
+    capture_attention,
     compare,
-    concept,
-    ddim,
+    ddim_inversions,
     demo,
-    files,
-    gradient,
-    inspect,
-    inversion,
-    metrics,
-    pack,
-    pix2pix_zero,
+    edit_friendly_inversion,
+    edit_metrics,
+    edit_prompts,
+    inspect_inversion,
+    inversion_files,
+    learned_inversions,
+    pix2pix_zero_edit,
     preview,
-    prompts,
     replacements,
     sampling,
+    semantic_concept,
     store_files,
+    unpack_pack,
 )
 
-MODULES = (inversion, ddim, gradient, files, inspect, concept, prompts, attention, pix2pix_zero, capture, store_files,
-           sampling, preview, pack, demo, metrics, compare)  # fmt: skip
+MODULES = (
+    edit_friendly_inversion,
+    ddim_inversions,
+    learned_inversions,
+    inversion_files,
+    inspect_inversion,
+    semantic_concept,
+    edit_prompts,
+    attention,
+    pix2pix_zero_edit,
+    capture_attention,
+    store_files,
+    sampling,
+    preview,
+    unpack_pack,
+    demo,
+    edit_metrics,
+    compare,
+)
 
 
 class LeditsExtension(ComfyExtension):

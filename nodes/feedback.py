@@ -64,7 +64,7 @@ def sample(guider, sampler, samples, sigmas, mask=None, seed=0, runs=None):
     return guider.sample(
         torch.zeros_like(samples), samples, sampler, sigmas, denoise_mask=mask, seed=seed,
         callback=callback, disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
-    )  # fmt: skip
+    )
 
 
 def report(guider, steps, **more):

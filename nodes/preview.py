@@ -8,13 +8,13 @@ from comfy_api.latest import io, ui
 from comfy_execution.graph_utils import ExecutionBlocker
 from PIL import Image
 
-from ..attention_hooks import words
 from ..attention_hooks.blocks import HELP, preset_help
 from ..attention_hooks.controls.record import Record
-from ..attention_hooks.seen import SIDES
+from ..attention_hooks.observed import SIDES
+from ..attention_hooks.text import widget_text
 from . import sockets
-from .card import Card
-from .prompts import CATEGORY
+from .drawing.card import Card
+from .edit_prompts import CATEGORY
 
 VIEWS = ["average", "by step"]
 COLUMNS = 8  # steps that are drawn
@@ -42,7 +42,7 @@ class RecordAttention(io.ComfyNode):
             ],
             outputs=[sockets.Attention.Output(display_name="attention",
                                               tooltip="For a LEDITS sampler, or the next control.")],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(cls, prompts, blocks="words", attention=None):
@@ -79,7 +79,7 @@ class PreviewAttention(io.ComfyNode):
                                "step and the finest layer."),
                 io.Mask.Output(display_name="target_mask", tooltip="The same in the target."),
             ],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(cls, latent, words, view, sampler=None, image=None, edited_image=None):
@@ -91,7 +91,7 @@ class PreviewAttention(io.ComfyNode):
         return io.NodeOutput(
             picture.to(device), *(m if isinstance(m, ExecutionBlocker) else m.to(device) for m in _masks(seen)),
             ui=ui.PreviewImage(picture, cls=cls),
-        )  # fmt: skip
+        )
 
 
 def _seen(latent, sampler):
@@ -122,7 +122,7 @@ def _phrases(seen, text):
     Raises:
         ValueError: none were recorded, or one is in neither prompt.
     """
-    chosen = words.phrases(text)
+    chosen = widget_text.phrases(text)
     if seen.tokens is None:
         if chosen:
             raise ValueError(
@@ -162,7 +162,7 @@ def _rows(seen, phrases, steps):
                 rows.append((phrase, side, [(k, m) for m in maps]))
     masks = [("local blend", "mask", 1, seen.blend)]
     masks += [("MasaCtrl", f"{side} mask", k, {step: pair[k] for step, pair in seen.masactrl.items()})
-              for k, side in enumerate(SIDES)]  # fmt: skip
+              for k, side in enumerate(SIDES)]
     for name, what, k, by_step in masks:
         if by_step and steps is None:
             rows.append((name, what, [(j, by_step[max(by_step)] if j == k else None) for j in range(2)]))
@@ -225,7 +225,7 @@ def _masks(seen):
         ExecutionBlocker(f"Preview Attention has no such mask: the edit ran without {name}.") if mask is None
         else F.interpolate(mask[:, None].float(), seen.size)[:, 0]
         for name, mask in zip(names, (blend, *pair))
-    ]  # fmt: skip
+    ]
 
 
 NODES = [RecordAttention, PreviewAttention]

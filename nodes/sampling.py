@@ -23,7 +23,7 @@ def edit_inputs():
 def _cfg():
     return io.Float.Input("cfg", default=7.5, min=0.0, max=100.0, step=0.1, round=0.01,
                           tooltip="Guidance towards the target prompt: more changes more. LEDITS uses 7 to 15; for "
-                          "concepts alone the inversion's own value keeps the picture.")  # fmt: skip
+                          "concepts alone the inversion's own value keeps the picture.")
 
 
 def path_inputs():
@@ -36,13 +36,13 @@ def path_inputs():
 def _skip():
     return io.Int.Input("skip", default=18, min=0, max=999,
                         tooltip="Steps of the path to leave out at the noisy end. More stays closer to the picture, "
-                        "0 changes most. The paper skips 36 % of the steps.")  # fmt: skip
+                        "0 changes most. The paper skips 36 % of the steps.")
 
 
 def _solver():
     return io.Combo.Input("solver", options=list(SOLVERS), optional=True, advanced=True,
                           tooltip="ddpm is LEDITS. dpmpp_2m_sde is the second-order solver of LEDITS++, for fewer "
-                          "steps.")  # fmt: skip
+                          "steps.")
 
 
 def _attention_inputs():
@@ -52,7 +52,7 @@ def _attention_inputs():
                                 tooltip="Attention control: Prompt-to-Prompt, MasaCtrl, Plug-and-Play, ..."),
         sockets.Store.Input("store", optional=True,
                             tooltip="The source's attention, from Capture Attention. Saves the source pass."),
-    ]  # fmt: skip
+    ]
 
 
 def fine_inputs():
@@ -109,7 +109,7 @@ class LeditsKSampler(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, positive, negative, inversion, cfg, skip, concepts=None, mask=None, solver=SOLVERS[0],
-                attention=None, store=None):  # fmt: skip
+                attention=None, store=None):
         models.check(model, inversion)
         sigmas = sigmas_after(inversion, skip)
         guider = LeditsGuider(model, positive, negative, cfg, concepts or ())

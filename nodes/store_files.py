@@ -7,10 +7,10 @@ import comfy.model_management
 import torch
 from comfy_api.latest import io, ui
 
-from ..samplers import store_file
+from ..files import store_file
 from . import sockets
-from .files import FileLoader, found, new_file, path_of, show, size_of
-from .prompts import CATEGORY
+from .edit_prompts import CATEGORY
+from .inversion_files import FileLoader, found, new_file, path_of, show, size_of
 
 DTYPES = ["as captured", "float16"]
 
@@ -38,7 +38,7 @@ class SaveAttentionStore(io.ComfyNode):
                                "was captured in float32."),
             ],
             outputs=[],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(cls, store, filename_prefix, dtype=DTYPES[0]):
@@ -71,7 +71,7 @@ class LoadAttentionStore(FileLoader, io.ComfyNode):
             ],
             outputs=[sockets.Store.Output(display_name="store", tooltip="For the store input of a LEDITS sampler, with the "
                                           "inversion and the model that it was captured with.")],
-        )  # fmt: skip
+        )
 
     @classmethod
     def check_file(cls, path):

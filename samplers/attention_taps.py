@@ -6,7 +6,7 @@ import comfy.model_patcher
 import torch
 from comfy.ldm.modules.attention import optimized_attention
 
-from .style_diffusion import modulate
+from .methods.style_diffusion import modulate
 
 
 class ValuePatch:
@@ -69,7 +69,7 @@ class MapTap:
             return optimized_attention(
                 q, k, v, extra_options["n_heads"], attn_precision=extra_options.get("attn_precision"),
                 transformer_options=extra_options,
-            )  # fmt: skip
+            )
 
         return attend
 

@@ -4,11 +4,12 @@ import comfy.model_management
 import torch
 from tqdm.auto import tqdm
 
-from . import attention_taps, ddim, models, null_text, style_diffusion
+from . import attention_taps, models
 from .gradients import Predictor
-from .inversion import Inversion, check_latent, check_sigmas
-from .phases import PhasedSampler
-from .steps import FAMILIES
+from .methods import ddim, null_text, style_diffusion
+from .methods.families import FAMILIES
+from .methods.record import Inversion, check_latent, check_sigmas
+from .phased import PhasedSampler
 
 
 class _Learner(PhasedSampler):
@@ -48,7 +49,7 @@ class _Learner(PhasedSampler):
         self.inversion = Inversion(
             levels, latents.cpu(), None, torch.zeros(steps), family, models.describe(model), self.method, settings,
             {self.override: learned}, model.model.latent_format,
-        )  # fmt: skip
+        )
         return latents[0]
 
     def _path(self, predict, picture, sigmas, scaling, progress):
@@ -156,7 +157,7 @@ class NullTextInverter(_Learner):
             self.start(predict, latents),
             lambda y, i, d_p, d_u: predict.combine(y, sigmas[i], d_p, d_u),
             self.inner_steps, self.rate, self.enough, step,
-        )  # fmt: skip
+        )
 
 
 class StyleDiffusionInverter(_Learner):
@@ -211,7 +212,7 @@ class StyleDiffusionInverter(_Learner):
             source_maps,
             lambda y, i, d_p, d_u: predict.combine(y, sigmas[i], d_p, d_u),
             self.attention, self.most_steps, self.rate, self.enough, step,
-        )  # fmt: skip
+        )
 
     def _tapped(self, tap, predict, y, sigma, value):
         self._patch.value = value

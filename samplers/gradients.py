@@ -188,7 +188,7 @@ class Predictor:
         return comfy.samplers.cfg_function(
             self._model, positive, negative, self._guider.cfg, y, self.level(y, sigma), self.options,
             cond=self.conds["positive"], uncond=self.conds["negative"],
-        )  # fmt: skip
+        )
 
     @staticmethod
     def level(y, sigma):

@@ -6,7 +6,7 @@ import comfy.conds
 import comfy.samplers
 import torch
 
-from .sega import Sega
+from .methods.sega import Sega
 
 # Functions of other packs that look at cond and uncond: where one is set, both are always evaluated.
 _CFG_FUNCTIONS = ("sampler_cfg_function", "sampler_pre_cfg_function", "sampler_post_cfg_function")
@@ -94,7 +94,7 @@ class LeditsGuider(comfy.samplers.CFGGuider):
         pair, pushed = predictions[:2], predictions[2:]
         for fn in options.get("sampler_pre_cfg_function", []):
             pair = fn({"conds": conds, "conds_out": pair, "cond_scale": self.cfg, "timestep": timestep, "input": x,
-                       "sigma": timestep, "model": self.inner_model, "model_options": options})  # fmt: skip
+                       "sigma": timestep, "model": self.inner_model, "model_options": options})
         denoised = comfy.samplers.cfg_function(
             self.inner_model, pair[0], pair[1], self.cfg, x, timestep, options, cond=conds[0], uncond=conds[1]
         )
@@ -120,7 +120,7 @@ class LeditsGuider(comfy.samplers.CFGGuider):
         if own is None:
             return comfy.samplers.calc_cond_batch(self.inner_model, conds, x, timestep, options)
         return list(own({"conds": conds, "input": x, "sigma": timestep, "model": self.inner_model,
-                         "model_options": options}))  # fmt: skip
+                         "model_options": options}))
 
     @staticmethod
     def _position(timestep, options):

@@ -6,11 +6,12 @@ import comfy.model_management
 import torch
 from tqdm.auto import trange
 
-from . import ddim, edit_friendly, models
-from .inversion import Inversion, check_latent, check_sigmas
+from . import models
+from .methods import ddim, edit_friendly
+from .methods.families import FAMILIES
+from .methods.record import Inversion, check_latent, check_sigmas
 from .overrides import Overrides
-from .phases import PhasedSampler
-from .steps import FAMILIES
+from .phased import PhasedSampler
 
 # Pictures in one call: on a CPU 16 take a tenth less time than calls of 4 each, and 64 a fifth more.
 _MOST_PICTURES = 16
@@ -49,7 +50,7 @@ class _AlongPath(PhasedSampler):
         self.inversion = Inversion(
             sigmas.float().cpu(), latents.cpu(), rest, etas, models.family(model), models.describe(model), method,
             self.settings, latent_format=model.model.latent_format,
-        )  # fmt: skip
+        )
         return latents[0]
 
 
@@ -103,7 +104,7 @@ class DDIMInverter(_AlongPath):
         with trange(len(sigmas) - 1, disable=disable_pbar) as bar:
             denoise = self._denoiser(model_wrap, extra_args, callback, bar, len(latent_image), upwards=True)
             latents = ddim.invert(latent_image, sigmas, denoise, models.scaling(model), self.convention,
-                                  self.refinements, self.tolerance, lowest, self.regularise)  # fmt: skip
+                                  self.refinements, self.tolerance, lowest, self.regularise)
         if not torch.isfinite(latents[0]).all():
             raise ValueError(
                 "The inversion did not converge: invert at cfg 1, or with fewer refinements. With both already low, the "

@@ -9,9 +9,9 @@ from ..attention_hooks.run import AttentionRun
 from . import models
 from .inverters import can_batch_levels
 from .latent_gradient import latent_gradient
+from .methods.families import second_order
 from .overrides import Overrides
-from .phases import PhasedSampler
-from .steps import second_order
+from .phased import PhasedSampler
 
 SOLVERS = ("ddpm", "dpmpp_2m_sde")
 
@@ -109,7 +109,7 @@ class LeditsSampler(PhasedSampler):
         return AttentionRun(
             self.attention, guider, self.inversion, start, steps, prescribed.extra_args["model_options"], **encoding,
             kept=self.store, batch_levels=can_batch_levels({}, extra_args["model_options"]), steps_at_once=self.source_steps,
-        )  # fmt: skip
+        )
 
     def _residual(self, i, step, source, levels):
         """Residual of step i for this run's solver, [B, C, H, W]."""

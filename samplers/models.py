@@ -3,7 +3,7 @@
 import comfy.model_sampling
 import torch
 
-from .ddim import Scaling, eps_scaling
+from .methods.ddim import Scaling, eps_scaling
 
 
 def family(model):

@@ -29,7 +29,7 @@ from comfyui_ledits.attention_hooks.controls.p2p import PromptToPrompt
 from comfyui_ledits.attention_hooks.controls.pix2pix_zero import Pix2PixZero
 from comfyui_ledits.attention_hooks.controls.pnp import PlugAndPlay
 from comfyui_ledits.nodes.sampling import LeditsGuiderNode, LeditsKSampler, LeditsSamplerNode
-from comfyui_ledits.samplers.sega import Concept
+from comfyui_ledits.samplers.methods.sega import Concept
 
 import nodes
 
@@ -64,7 +64,7 @@ def attention(name):
         "pnp": [PlugAndPlay(words(), features=(0, 1), attention=(0, 1), feature_blocks="output.1.0",
                             attention_blocks="output.1-")],
         "pix2pix": [Pix2PixZero(words(), xa_guidance=1.0)],
-    }[name]  # fmt: skip
+    }[name]
 
 
 CONTROLS = ("p2p", "blend", "p2plus", "masactrl", "masactrl words", "pnp", "pix2pix")
@@ -133,7 +133,7 @@ def linked(parts, *names):
 
 LORA_RANK, LORA_STRENGTH = 2, 0.8
 LORA_LAYERS = ("output_blocks.2.1.transformer_blocks.0.attn1.to_q", "middle_block.1.transformer_blocks.0.attn2.to_v",
-               "output_blocks.1.0.out_layers.3")  # fmt: skip
+               "output_blocks.1.0.out_layers.3")
 
 
 def lora_file():
@@ -146,7 +146,7 @@ def lora_file():
         up = torch.randn(shape[0], LORA_RANK, *[1] * (len(shape) - 2), generator=generator)
         down = torch.randn(LORA_RANK, *shape[1:], generator=generator)
         tensors |= {f"{name}.lora_up.weight": 0.2 * up, f"{name}.lora_down.weight": 0.2 * down,
-                    f"{name}.alpha": torch.tensor(float(LORA_RANK))}  # fmt: skip
+                    f"{name}.alpha": torch.tensor(float(LORA_RANK))}
     folder = Path(folder_paths.get_folder_paths("loras")[0])
     folder.mkdir(parents=True, exist_ok=True)
     safetensors.torch.save_file(tensors, folder / "chained.safetensors")
@@ -202,7 +202,7 @@ def _masks(parts):
     """The target in the left half, another prompt in the right."""
     set_mask = nodes.ConditioningSetMask().append
     return {"positive": [*set_mask(parts.positive, left_half(), "default", 1.0)[0],
-                         *set_mask(OTHER, 1 - left_half(), "default", 1.0)[0]]}  # fmt: skip
+                         *set_mask(OTHER, 1 - left_half(), "default", 1.0)[0]]}
 
 
 def steps_mask():
@@ -271,7 +271,7 @@ PATCHES = ("attn1_patch", "attn2_patch", "attn1_replace", "attn2_replace")
 LINKS = {
     "lora": _lora, "hook lora": _hook_lora, "control net": _control_net, "area": _area, "masks": _masks,
     "differential": _differential, "freeu": _freeu, "pag": _pag, **{kind: _patched(kind) for kind in PATCHES},
-}  # fmt: skip
+}
 # What belongs to the target: the source must be as it is without. The rest belongs to the MODEL, and so to both.
 ON_TARGET = ("hook lora", "control net", "area", "masks", "differential", "pag")
 

@@ -5,7 +5,6 @@ Tests write `from comfyui_ledits.samplers.steps import ...`; the folder the pack
 import importlib.util
 import os
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -14,26 +13,12 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import dev
 
-# ComfyUI makes its user folders when it is imported: here, and not inside the ComfyUI.
-USER_DATA = tempfile.TemporaryDirectory(prefix="ledits-tests-", ignore_cleanup_errors=True)
-
 
 def comfyui_folder():
     folder = Path(os.environ.get("COMFYUI_PATH") or dev.DEV / f"ComfyUI-{dev.COMFYUI_VERSION}").resolve()
     if not (folder / "main.py").is_file():
         pytest.exit(f"There is no ComfyUI in {folder}: run the tests with `python dev.py test`.", returncode=1)
     return folder
-
-
-def prepare_comfyui(folder):
-    # First in line: ComfyUI's nodes.py and the pack's nodes/ have one name.
-    sys.path.insert(0, str(folder))
-    from comfy.cli_args import args  # before comfy.model_management and folder_paths, which read it when imported
-    args.cpu = os.environ.get("LEDITS_TEST_DEVICE") != "cuda"
-    args.base_directory = USER_DATA.name
-    import folder_paths
-    import utils.extra_config  # noqa: F401  # as main.py does: older nodes.py puts comfy/ in front, which has a utils.py
-    assert Path(folder_paths.get_output_directory()).is_relative_to(USER_DATA.name)
 
 
 def import_pack():
@@ -44,8 +29,12 @@ def import_pack():
 
 
 COMFYUI = comfyui_folder()
-prepare_comfyui(COMFYUI)
+sys.path.insert(0, str(COMFYUI))  # first in line: ComfyUI's nodes.py and the pack's nodes/ have one name
 import_pack()
+
+from comfyui_ledits.tools import inside_comfyui  # noqa: E402
+
+inside_comfyui.prepare(COMFYUI, cpu=os.environ.get("LEDITS_TEST_DEVICE") != "cuda")
 
 
 @pytest.fixture
@@ -96,7 +85,7 @@ def folders(tmp_path):
 
 @pytest.fixture(scope="session")
 def client(server_url):
-    from comfyui_ledits.demo.client import ComfyClient
+    from comfyui_ledits.tools.api.client import ComfyClient
     return ComfyClient(server_url)
 
 

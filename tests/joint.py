@@ -11,11 +11,11 @@ import comfy.sdxl_clip
 import comfy.supported_models_base
 import tiny
 import torch
-from comfyui_ledits.attention_hooks.prompts import edit_prompts
+from comfyui_ledits.attention_hooks.text.prompts import edit_prompts
 from comfyui_ledits.samplers import models
 from comfyui_ledits.samplers.guider import LeditsGuider
-from comfyui_ledits.samplers.inversion import Inversion
 from comfyui_ledits.samplers.ledits import LeditsSampler
+from comfyui_ledits.samplers.methods.record import Inversion
 
 
 def clip(kind="sd1", embeddings=None):

@@ -146,7 +146,7 @@ def bombs(raw, rng):
         text[:-1] + f', "{some}": ' + json.dumps(parts.header[some]) + "}", text + text, '{"__metadata__": {}}',
         '{"__metadata__": 5}', "{}", "null", '{"x": {"dtype": "F32", "shape": [], "data_offsets": [0, 4]}}',
         json.dumps(parts.header | {f"t{k}": parts.header[some] for k in range(400)}),
-    ])  # fmt: skip
+    ])
     return parts.bytes(header.encode() + b" " * rng.choice([0, 0, 8, 70000]))
 
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 FOLDERS = ("0_random_140", "1_change_object_80", "2_add_object_80", "3_delete_object_80", "4_change_attribute_content_40",
            "5_change_attribute_pose_40", "6_change_attribute_color_40", "7_change_attribute_material_40",
-           "8_change_background_80", "9_change_style_80")  # fmt: skip
+           "8_change_background_80", "9_change_style_80")
 
 
 def runs_of(mask):

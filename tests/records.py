@@ -1,8 +1,8 @@
 """Inversions made from the formulas alone, without a model."""
 import comfy.latent_formats
 import torch
-from comfyui_ledits.samplers import inversion_file, latent_formats
-from comfyui_ledits.samplers.inversion import Inversion
+from comfyui_ledits.files import inversion_file, latent_formats
+from comfyui_ledits.samplers.methods.record import Inversion
 
 
 def levels(steps):
@@ -21,7 +21,7 @@ def record(steps=6, batch=2, size=8, residuals=True, overrides=None, latent_form
     made = Inversion(
         sigmas, latents, rest if residuals else None, torch.ones(steps) if residuals else torch.zeros(steps), "ve",
         "BaseModel, SD15", "edit-friendly DDPM", settings, overrides or {}, latent_format or comfy.latent_formats.SD15(),
-    )  # fmt: skip
+    )
     return made, predictions
 
 

@@ -32,13 +32,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
 http.server.HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Handler).serve_forever()
 """
 RUNNER = """
-import pathlib, sys, urllib.request
+import os, pathlib, sys, urllib.request
+if "--server" not in sys.argv:
+    print('tool with', sys.argv[1:], 'on', os.environ['COMFYUI_PATH'])
+    import torch
+    sys.exit()
 url, output = sys.argv[sys.argv.index("--server") + 1], pathlib.Path(sys.argv[sys.argv.index("--output") + 1])
 output.mkdir(exist_ok=True)
 (output / "pid").write_bytes(urllib.request.urlopen(url + "/system_stats").read())
 sys.exit(5)
 """
-BENCH = "import os, sys; print('bench with', sys.argv[1:], 'on', os.environ['COMFYUI_PATH']); import torch"
 # The build back end of the stand-in source distributions; METADATA and what building does are filled in.
 BACKEND = """
 import errno, os, time
@@ -81,12 +84,13 @@ class Clone:
 
     def __init__(self, folder, needed_gb=0):
         self.root, self.index = folder / "clone", folder / "index"
-        for path, text in {"demo/run.py": RUNNER, "demo/bench.py": BENCH, "demo/images/cat.png": "a picture"}.items():
+        for path, text in {"tools/run.py": RUNNER, "demo/images/cat.png": "a picture"}.items():
             (self.root / path).parent.mkdir(parents=True, exist_ok=True)
             (self.root / path).write_text(text)
         self.index.mkdir()
-        for package in dev.PACKAGES:
-            name, version = package.split(";")[0].split("==")
+        wanted = dev.REQUIREMENTS.read_text("utf-8")
+        (self.root / dev.REQUIREMENTS.name).write_text(wanted, "utf-8")
+        for name, version in re.findall(r"^([a-z]+)==([\d.]+)", wanted, re.MULTILINE):
             make_wheel(self.index, name, version, __init__=TORCH if name == "torch" else "", __main__=PYTEST)
         make_wheel(self.index, "needed", "1.0", __init__="")
         release, sha256 = dev.COMFYUI_SOURCES[dev.COMFYUI_VERSION]

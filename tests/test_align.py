@@ -6,10 +6,10 @@ import pytest
 import tiny
 import torch
 from comfy.text_encoders import sd3_clip
-from comfyui_ledits.attention_hooks import words
-from comfyui_ledits.attention_hooks.align import align, equalizer, word_schedule
-from comfyui_ledits.attention_hooks.prompts import edit_prompts
-from comfyui_ledits.attention_hooks.tokens import read
+from comfyui_ledits.attention_hooks.text import widget_text
+from comfyui_ledits.attention_hooks.text.align import align, equalizer, word_schedule
+from comfyui_ledits.attention_hooks.text.prompts import edit_prompts
+from comfyui_ledits.attention_hooks.text.tokens import read
 from safetensors.torch import save_file
 
 
@@ -37,7 +37,7 @@ def clip_xl():
     ("Caf\u00e9 in 2024", "caf\u00e9", (1,)),
     ("in 2024, paris", "2024", (2, 3, 4, 5)),
     ("the category of a cat", "cat", (5,)),
-])  # fmt: skip
+])
 def test_words_are_found_whatever_case_and_punctuation(clip, text, phrase, positions):
     assert read(clip, text).find(phrase) == positions
 
@@ -76,7 +76,7 @@ def test_embeddings_are_words(tmp_path):
 def columns(matrix):
     """{target position: {source position: share}} of what is not the same position."""
     return {j: {i: round(float(matrix[i, j]), 4) for i in matrix[:, j].nonzero().flatten().tolist()}
-            for j in range(matrix.shape[1]) if not (matrix[j, j] == 1 and matrix[:, j].sum() == 1)}  # fmt: skip
+            for j in range(matrix.shape[1]) if not (matrix[j, j] == 1 and matrix[:, j].sum() == 1)}
 
 
 def aligned(clip, source, target, mapping="auto"):
@@ -152,16 +152,16 @@ def test_windows_round_as_in_the_released_code(clip):
 
 
 def test_widget_texts():
-    assert words.phrases("cat, red hat\n") == ("cat", "red hat")
-    assert words.factors("smiling: 2, hat: -1.5") == (("smiling", 2.0), ("hat", -1.5))
-    assert words.factors("embedding:style: 3") == (("embedding:style", 3.0),)
-    assert words.windows("dog: 0.2, sofa: 0.1-0.6") == (("dog", (0.0, 0.2)), ("sofa", (0.1, 0.6)))
+    assert widget_text.phrases("cat, red hat\n") == ("cat", "red hat")
+    assert widget_text.factors("smiling: 2, hat: -1.5") == (("smiling", 2.0), ("hat", -1.5))
+    assert widget_text.factors("embedding:style: 3") == (("embedding:style", 3.0),)
+    assert widget_text.windows("dog: 0.2, sofa: 0.1-0.6") == (("dog", (0.0, 0.2)), ("sofa", (0.1, 0.6)))
     for wrong in ("hat", "hat: big", ": 2"):
         with pytest.raises(ValueError):
-            words.factors(wrong)
+            widget_text.factors(wrong)
     for wrong in ("hat: 0.6-0.2", "hat: 2", "hat: -0.5"):
         with pytest.raises(ValueError):
-            words.windows(wrong)
+            widget_text.windows(wrong)
 
 
 def test_factors_of_words(clip):

@@ -10,7 +10,7 @@ from comfyui_ledits.attention_hooks.controls.local_blend import LocalBlend
 from comfyui_ledits.attention_hooks.controls.masactrl import MasaCtrl
 from comfyui_ledits.attention_hooks.controls.p2p import PromptToPrompt
 from comfyui_ledits.attention_hooks.controls.record import Record
-from comfyui_ledits.nodes import capture, sampling, sockets
+from comfyui_ledits.nodes import capture_attention, sampling, sockets
 from comfyui_ledits.nodes.preview import PreviewAttention, RecordAttention
 from comfyui_ledits.samplers.ledits import LeditsSampler
 
@@ -129,7 +129,7 @@ def test_a_kept_store_serves_the_recording():
     path, words, empty = joint.path(model, 4), joint.prompts("sd1", SOURCE, TARGET), joint.negative("sd1")
     attention = RecordAttention.execute(words, attention=(PromptToPrompt(words, cross=(0, 0.5)),)).args[0]
     with torch.inference_mode():
-        store, = capture.CaptureAttention.execute(model, empty, path, attention, 0, "float32").args
+        store, = capture_attention.CaptureAttention.execute(model, empty, path, attention, 0, "float32").args
     live, kept = LeditsSampler(path, attention=attention), LeditsSampler(path, attention=attention, store=store)
     for sampler in (live, kept):
         _, guider = run(model, path, words, empty, sampler)
@@ -161,7 +161,7 @@ def test_masactrl_s_masks_are_those_of_the_maps():
     model, grid = tiny.model(), (8, 8)
     path, words, empty = joint.path(model, 4, 2), joint.prompts("sd1", SOURCE, TARGET), joint.negative("sd1")
     control = MasaCtrl(words, window=(0, 0.25), blocks="output.2-", source_words=("cat",), target_words=("dog", "sits"),
-                       threshold=0.4, map_blocks="input@1/2, middle")  # fmt: skip
+                       threshold=0.4, map_blocks="input@1/2, middle")
     sampler = LeditsSampler(path, attention=[control])
     out, _ = run(model, path, words, empty, sampler)
     assert sorted(sampler.seen.masactrl) == [0]

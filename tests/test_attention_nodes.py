@@ -7,7 +7,7 @@ import torch
 from comfyui_ledits.attention_hooks.controls.masactrl import MasaCtrl
 from comfyui_ledits.attention_hooks.controls.p2p import PromptToPrompt
 from comfyui_ledits.attention_hooks.edits import in_window
-from comfyui_ledits.nodes import attention, capture, prompts, sampling
+from comfyui_ledits.nodes import attention, capture_attention, edit_prompts, sampling
 from comfyui_ledits.samplers.ledits import LeditsSampler
 
 SOURCE, TARGET = "a cat sits on a sofa", "a dog sits on a sofa"
@@ -18,7 +18,7 @@ NODES = {"p2p": attention.PromptToPromptNode, "p2plus": attention.P2PlusNode, "m
 
 @pytest.fixture(scope="module")
 def words():
-    return prompts.EditPrompts.execute(joint.clip(), SOURCE, TARGET).args
+    return edit_prompts.EditPrompts.execute(joint.clip(), SOURCE, TARGET).args
 
 
 def defaults(node):
@@ -56,7 +56,7 @@ def test_published_defaults(words):
     ("masactrl", dict(source_words="dog", target_words="dog"), "'dog'.*'a cat sits on a sofa'"),
     ("masactrl", dict(source_words="cat"), "in pairs"),
     ("masactrl", dict(source_mask=torch.ones(1, 8, 8)), "in pairs"),
-])  # fmt: skip
+])
 def test_what_no_model_could_serve_is_refused_by_the_node(words, name, widgets, match):
     with pytest.raises(ValueError, match=match):
         NODES[name].execute(prompts=words[2], **defaults(NODES[name])[1] | widgets)
@@ -69,7 +69,7 @@ def test_the_sampler_nodes_and_the_store_agree(words, name):
     control, = NODES[name].execute(prompts=words[2], **defaults(NODES[name])[1] | SCENE[name]).args
     with torch.inference_mode():
         one = sampling.LeditsKSampler.execute(model, words[1], empty, path, 7.5, 1, attention=control)
-        store, = capture.CaptureAttention.execute(model, empty, path, control, 1, "float32").args
+        store, = capture_attention.CaptureAttention.execute(model, empty, path, control, 1, "float32").args
         two = sampling.LeditsKSampler.execute(model, words[1], empty, path, 7.5, 1, attention=control, store=store)
         sampler, sigmas = sampling.LeditsSamplerNode.execute(path, 1, attention=control).args
         guider = comfy.samplers.CFGGuider(joint.split(model))

@@ -5,16 +5,16 @@ import pytest
 import tiny
 import torch
 from comfy.ldm.modules.attention import optimized_attention
+from comfyui_ledits.attention_hooks.backbones.unet import layout
 from comfyui_ledits.attention_hooks.blocks import select
 from comfyui_ledits.attention_hooks.controls.local_blend import LocalBlend
 from comfyui_ledits.attention_hooks.controls.masactrl import MasaCtrl
 from comfyui_ledits.attention_hooks.controls.p2p import PromptToPrompt
 from comfyui_ledits.attention_hooks.controls.pnp import PlugAndPlay
 from comfyui_ledits.attention_hooks.store import AttentionStore
-from comfyui_ledits.attention_hooks.unet import layout
-from comfyui_ledits.samplers.capture import CaptureSampler
+from comfyui_ledits.samplers.capture_sampler import CaptureSampler
 from comfyui_ledits.samplers.guider import LeditsGuider
-from comfyui_ledits.samplers.sega import Concept
+from comfyui_ledits.samplers.methods.sega import Concept
 
 SOURCE, TARGET = "a cat sits on a sofa", "a dog sits on a sofa"
 
@@ -257,13 +257,13 @@ def test_blocks_of_sd_and_sdxl_by_name():
     shapes = {"SD": (comfy.supported_models.SD15, {"num_heads": 8, "num_head_channels": -1}, 8, [2, 2, 2, 2], [1, 1, 1, 1, 1, 1, 0, 0],
                      [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0], 1, [1, 2, 4, 4]),
               "SDXL": (comfy.supported_models.SDXL, {"num_heads": -1, "num_head_channels": 8}, 8, [2, 2, 2], [0, 0, 2, 2, 10, 10],
-                       [0, 0, 0, 2, 2, 2, 10, 10, 10], 10, [1, 2, 4])}  # fmt: skip
+                       [0, 0, 0, 2, 2, 2, 10, 10, 10], 10, [1, 2, 4])}
     for kind, (_, heads, _, blocks, down, up, middle, mult) in shapes.items():
         with torch.device("meta"):
             unet = UNetModel(image_size=32, in_channels=4, model_channels=32, out_channels=4, num_res_blocks=blocks,
                              channel_mult=mult, transformer_depth=list(down), transformer_depth_output=list(up),
                              transformer_depth_middle=middle, context_dim=16, use_spatial_transformer=True,
-                             legacy=False, **heads)  # fmt: skip
+                             legacy=False, **heads)
         found = layout(unet)
         assert found.kind == kind
         assert len(found.layers) == {"SD": 16, "SDXL": 70}[kind]

@@ -32,7 +32,7 @@ def lora_tensors():
         up = torch.randn(weight.shape[0], LORA_RANK, *[1] * (weight.ndim - 2), generator=generator)
         down = torch.randn(LORA_RANK, *weight.shape[1:], generator=generator) * weight[0].numel() ** -0.5
         out |= {f"{key}.lora_up.weight": 0.3 * up, f"{key}.lora_down.weight": down,
-                f"{key}.alpha": torch.tensor(float(LORA_RANK))}  # fmt: skip
+                f"{key}.alpha": torch.tensor(float(LORA_RANK))}
     return out
 
 
@@ -78,7 +78,7 @@ def latent(server):
 # --- edits ----------------------------------------------------------------------------------------------------------
 
 CONCEPT = {"prompt": "a green star", "direction": "towards", "scale": 7.0, "threshold": 0.5, "warmup": 0, "cooldown": 0,
-           "momentum_scale": 0.0, "momentum_beta": 0.6, "weight": 1.0}  # fmt: skip
+           "momentum_scale": 0.0, "momentum_beta": 0.6, "weight": 1.0}
 WORDS, FEATURES = "LEDITS_PromptToPrompt", "LEDITS_PlugAndPlay"  # what they read of the source
 EDITS = ("concepts", WORDS, FEATURES)
 
@@ -112,7 +112,7 @@ def through_parts(graph):
     inputs = dict(graph["edit"]["inputs"])
     parts = {kind: {k: inputs.pop(k) for k in names if k in inputs} for kind, names in {
         "guider": ("model", "positive", "negative", "cfg", "concepts"), "sampler": ("inversion", "skip", "attention"),
-    }.items()}  # fmt: skip
+    }.items()}
     start = ["start", 0] if "mask" in inputs else ["inversion", 1]
     return graph | {
         "guider": node("LEDITS_Guider", **parts["guider"]),
@@ -121,7 +121,7 @@ def through_parts(graph):
         **({"start": node("SetLatentNoiseMask", samples=["inversion", 1], mask=inputs["mask"])} if "mask" in inputs else {}),
         "edit": node("SamplerCustomAdvanced", noise=["noise", 0], guider=["guider", 0], sampler=["sampler", 0],
                      sigmas=["sampler", 1], latent_image=start),
-    }  # fmt: skip
+    }
 
 
 # --- what is connected ----------------------------------------------------------------------------------------------
@@ -145,7 +145,7 @@ def with_inputs(graph, **inputs):
 def lora(graph):
     both = rewired(rewired(graph, ["model", 0], ["link", 0]), ["model", 1], ["link", 1])
     return both | {"link": node("LoraLoader", model=["model", 0], clip=["model", 1], lora_name=LORA, strength_model=0.8,
-                                strength_clip=0.8)}  # fmt: skip
+                                strength_clip=0.8)}
 
 
 def control_net(graph):
@@ -153,7 +153,7 @@ def control_net(graph):
         "control net": node("ControlNetLoader", control_net_name=CONTROL_NET),
         "link": node("ControlNetApplyAdvanced", positive=["words", 1], negative=["empty", 0], image=["picture", 0],
                      control_net=["control net", 0], strength=0.3, start_percent=0.0, end_percent=1.0),
-    }  # fmt: skip
+    }
 
 
 def area(graph):
@@ -162,19 +162,19 @@ def area(graph):
         "right": node("ConditioningSetArea", conditioning=["other", 0], width=SIDE // 2, height=SIDE, x=SIDE // 2,
                       y=0, strength=1.0),
         "link": node("ConditioningCombine", conditioning_1=["words", 1], conditioning_2=["right", 0]),
-    }  # fmt: skip
+    }
 
 
 def masks(graph):
     """The target in the left half, another prompt in the right."""
     graph = graph | {"none": node("SolidMask", value=0.0, width=SIDE, height=SIDE),
-                     "half": node("SolidMask", value=1.0, width=SIDE // 2, height=SIDE)}  # fmt: skip
+                     "half": node("SolidMask", value=1.0, width=SIDE // 2, height=SIDE)}
     for side, x, prompt in (("left", 0, ["words", 1]), ("right", SIDE // 2, ["other", 0])):
         graph |= {
             f"{side} mask": node("MaskComposite", destination=["none", 0], source=["half", 0], x=x, y=0, operation="add"),
             side: node("ConditioningSetMask", conditioning=prompt, mask=[f"{side} mask", 0], strength=1.0,
                        set_cond_area="default"),
-        }  # fmt: skip
+        }
     combined = node("ConditioningCombine", conditioning_1=["left", 0], conditioning_2=["right", 0])
     return with_inputs(graph, positive=["link", 0]) | {"link": combined}
 
@@ -191,7 +191,7 @@ def differential(graph):
 def window(graph):
     """Target and another prompt, one after the other."""
     ranged = {name: node("ConditioningSetTimestepRange", conditioning=prompt, start=start, end=start + 0.5)
-              for name, prompt, start in (("first", ["words", 1], 0.0), ("then", ["other", 0], 0.5))}  # fmt: skip
+              for name, prompt, start in (("first", ["words", 1], 0.0), ("then", ["other", 0], 0.5))}
     combined = node("ConditioningCombine", conditioning_1=["first", 0], conditioning_2=["then", 0])
     return with_inputs(graph, positive=["link", 0]) | ranged | {"link": combined}
 
@@ -214,7 +214,7 @@ MORE = {
                                        end_percent=1.0, downscale_after_skip=True, downscale_method="bicubic",
                                        upscale_method="bicubic"),
     "UNetCrossAttentionMultiply": on_model("UNetCrossAttentionMultiply", q=1.1, k=1.0, v=1.0, out=1.1),
-}  # fmt: skip
+}
 PAIRS = [*itertools.product(LINKS, EDITS), *itertools.product(MORE, [FEATURES])]
 
 
@@ -259,7 +259,7 @@ def test_a_batch_is_edited_as_each_picture_alone(latent, name):
     ("HyperTile", "HyperTile", dict(tile_size=64, swap_size=2, max_depth=2, scale_depth=False)),
     ("TomePatchModel", "Token Merging", dict(ratio=0.3)),
     ("EasyCache", "EasyCache", dict(reuse_threshold=0.2, start_percent=0.0, end_percent=1.0, verbose=False)),
-])  # fmt: skip
+])
 def test_what_cannot_go_with_attention_control_is_refused_with_a_sentence(server, latent, kind, words, inputs):
     """Tokens that move within a layer that the edit acts on (here the largest), and a source that is not evaluated."""
     connect = on_edit(kind, **inputs)

@@ -8,11 +8,11 @@ import torch
 from comfyui_ledits.attention_hooks.controls.pnp import PlugAndPlay
 from comfyui_ledits.demo import loader
 from comfyui_ledits.nodes import compare
-from comfyui_ledits.nodes.capture import CaptureAttention
+from comfyui_ledits.nodes.capture_attention import CaptureAttention
 from comfyui_ledits.nodes.compare import Sheet, Sweep
-from comfyui_ledits.nodes.inversion import EditFriendlyInversion
+from comfyui_ledits.nodes.edit_friendly_inversion import EditFriendlyInversion
 from comfyui_ledits.nodes.sampling import LeditsKSampler
-from comfyui_ledits.samplers.sega import Concept
+from comfyui_ledits.samplers.methods.sega import Concept
 
 pytestmark = pytest.mark.usefixtures("inference_mode")
 model = functools.cache(tiny.model)
@@ -166,7 +166,7 @@ def test_every_cell_is_the_single_edit_bit_for_bit(case):
             "mask": torch.ones(1, 64, 64).tril(), "solver": "dpmpp_2m_sde",
         },
         "attention": {"attention": (PlugAndPlay(),)},
-    }[case]  # fmt: skip
+    }[case]
     cells = [(0, 1.0), (0, 7.5), (7, 1.0), (7, 7.5)]
     output = sweep(inversion, "0, 0.65", "1 7.5", **more)
     sheets, latents = output.result

@@ -40,7 +40,7 @@ def edit(control, steps=STEPS, skip=0, **more):
         "edit": node("LEDITS_KSampler", model=["model", 0], positive=["words", 1], negative=["empty", 0],
                      inversion=["inversion", 0], attention=["control", 0], cfg=5.0, skip=skip),
         "saved": node("SaveLatent", samples=["edit", 0], filename_prefix="control"),
-    }  # fmt: skip
+    }
     return graph | more
 
 
@@ -92,11 +92,11 @@ def test_stock_nodes_on_model_and_prompts_together(server, plain_picture):
         "sampler": node("LEDITS_Sampler", inversion=["inversion", 0], skip=0, attention=["control", 0]),
         "start": node("SetLatentNoiseMask", samples=["inversion", 1], mask=["half", 0]),
         "noise": node("DisableNoise"),
-    }  # fmt: skip
+    }
     graph = edit("LEDITS_P2Plus", **control)
     whole = server.latent(server.run(graph), "saved")
     graph["edit"] = node("SamplerCustomAdvanced", noise=["noise", 0], guider=["guider", 0], sampler=["sampler", 0],
-                         sigmas=["sampler", 1], latent_image=["start", 0])  # fmt: skip
+                         sigmas=["sampler", 1], latent_image=["start", 0])
     chained = server.latent(server.run(graph), "saved")
     assert torch.isfinite(chained).all() and (chained - whole).abs().max() > 1e-2
     graph["guider"]["inputs"]["positive"] = ["area", 0]

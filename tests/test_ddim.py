@@ -6,9 +6,9 @@ import pytest
 import reference
 import tiny
 import torch
-from comfyui_ledits.nodes.ddim import DDIMInversion, DirectInversion
+from comfyui_ledits.nodes.ddim_inversions import DDIMInversion, DirectInversion
 from comfyui_ledits.nodes.sampling import LeditsKSampler
-from comfyui_ledits.samplers import ddim
+from comfyui_ledits.samplers.methods import ddim
 
 pytestmark = pytest.mark.usefixtures("inference_mode")
 model = functools.cache(tiny.model)

@@ -3,9 +3,9 @@ import numpy as np
 import pytest
 import torch
 from comfyui_ledits.demo import captions, loader, pictures, scenes
-from comfyui_ledits.demo.client import ComfyClient
-from comfyui_ledits.nodes.ddim import DDIMInversion
+from comfyui_ledits.nodes.ddim_inversions import DDIMInversion
 from comfyui_ledits.nodes.sampling import LeditsKSampler
+from comfyui_ledits.tools.api.client import ComfyClient
 
 
 def round_trip(refinements, weights=loader.nets.WEIGHTS):

@@ -19,14 +19,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
-from comfyui_ledits.attention_hooks.prompts import EditPrompts, edit_prompts
-from comfyui_ledits.demo import captions, measure, pictures, scenes
+from comfyui_ledits.attention_hooks.text.prompts import EditPrompts, edit_prompts
+from comfyui_ledits.demo import captions, pictures, scenes
 from comfyui_ledits.nodes.attention import MasaCtrlNode, P2PlusNode, PlugAndPlayNode, PromptToPromptNode
-from comfyui_ledits.nodes.ddim import DDIMInversion, DirectInversion
+from comfyui_ledits.nodes.ddim_inversions import DDIMInversion, DirectInversion
 from comfyui_ledits.nodes.sampling import LeditsKSampler
+from comfyui_ledits.tools import measure
+from comfyui_ledits.tools.benchmarks import demobench_truth
 from demo_nodes import DemoNodes, draw, held_out
-
-from evaluation import demobench_truth
 
 pytestmark = pytest.mark.demo
 
@@ -106,7 +106,7 @@ class Editor(DemoNodes):
         for i, (task, own) in enumerate(zip(tasks, encoded)):
             key = [tuple(w.positions for w in tokens.words) for tokens in (own.source_tokens, own.target_tokens)]
             key += [tokens.search(kind) for tokens in (own.source_tokens, own.target_tokens) for kind in scenes.KINDS
-                    if kind in task.kinds and tokens.search(kind)]  # fmt: skip
+                    if kind in task.kinds and tokens.search(kind)]
             made.setdefault(str(key), []).append(i)
         for members in made.values():
             first = encoded[members[0]]

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from comfyui_ledits.demo import captions, measure, pictures, scenes
-from comfyui_ledits.nodes.concept import SemanticConcept
-from comfyui_ledits.nodes.inversion import EditFriendlyInversion
+from comfyui_ledits.demo import captions, pictures, scenes
+from comfyui_ledits.nodes.edit_friendly_inversion import EditFriendlyInversion
 from comfyui_ledits.nodes.sampling import LeditsKSampler
+from comfyui_ledits.nodes.semantic_concept import SemanticConcept
+from comfyui_ledits.tools import measure
 from demo_nodes import DemoNodes, draw, held_out
 
 pytestmark = pytest.mark.demo
@@ -24,7 +25,7 @@ COUNT, AT_ONCE = 60, 20
 STEPS, SKIP = 50, 18
 TARGET_SKIP, TARGET_CFG = 26, 3.0
 CONCEPT = {"direction": "towards", "scale": 3.0, "threshold": 0.8, "warmup": 2, "cooldown": 0, "momentum_scale": 0.3,
-           "momentum_beta": 0.6, "weight": 1.0}  # fmt: skip
+           "momentum_beta": 0.6, "weight": 1.0}
 SCALES, SCALE_PICTURES = (0.1, 0.2, 0.3, 0.4, 0.5), 20
 
 
@@ -166,7 +167,7 @@ def test_more_scale_gives_more_of_the_concept(editor, tasks):
         edited = editor.edit(some, nothing, nothing, 1.0, lambda t: t.target, scale=scale)
         shares.append(np.mean([measure.colour_shares(p, t.mask)[t.colour] for t, p in zip(some, edited)]))
     print("\nshare of the object that has the concept's colour:",
-          ", ".join(f"{share:.3f} at scale {scale}" for scale, share in zip(SCALES, shares)))  # fmt: skip
+          ", ".join(f"{share:.3f} at scale {scale}" for scale, share in zip(SCALES, shares)))
     assert np.all(np.diff(shares) > 0), shares
 
 

@@ -8,11 +8,12 @@ import time
 import numpy as np
 import pytest
 import torch
-from comfyui_ledits.demo import captions, measure
-from comfyui_ledits.nodes.ddim import DDIMInversion, DirectInversion, NegativePromptInversion, SDEditPath
-from comfyui_ledits.nodes.gradient import NullTextInversion, StyleDiffusionInversion
-from comfyui_ledits.nodes.inversion import EditFriendlyInversion
+from comfyui_ledits.demo import captions
+from comfyui_ledits.nodes.ddim_inversions import DDIMInversion, DirectInversion, NegativePromptInversion, SDEditPath
+from comfyui_ledits.nodes.edit_friendly_inversion import EditFriendlyInversion
+from comfyui_ledits.nodes.learned_inversions import NullTextInversion, StyleDiffusionInversion
 from comfyui_ledits.nodes.sampling import LeditsKSampler
+from comfyui_ledits.tools import measure
 from demo_nodes import DemoNodes, draw, held_out
 
 pytestmark = pytest.mark.demo
@@ -74,7 +75,7 @@ def test_every_inversion_rebuilds_the_pictures_in_the_order_of_its_means():
     for name, values in found.items():
         rows, seconds = cost.get(name, (0, 0.0))
         print(f"{name:28} {np.mean(values, 0)[0]:6.2f} dB {np.mean(values, 0)[1]:9.2e} "
-              f"{rows / len(drawn):8.0f} {seconds / len(drawn):7.2f} s")  # fmt: skip
+              f"{rows / len(drawn):8.0f} {seconds / len(drawn):7.2f} s")
     psnr = {name: np.mean(values, 0)[0] for name, values in found.items()}
     whole = psnr["autoencoder alone"]
     for name in ("edit-friendly DDPM", "Direct"):

@@ -7,10 +7,14 @@ import sys
 
 import numpy as np
 import pytest
-from comfyui_ledits.demo import client as http
-from comfyui_ledits.demo import pictures, sheet, workflow
-from comfyui_ledits.demo.client import ComfyClient, ComfyError
+from comfyui_ledits.demo import pictures
+from comfyui_ledits.tools import contact_sheet
+from comfyui_ledits.tools.api import client as http
+from comfyui_ledits.tools.api import workflow
+from comfyui_ledits.tools.api.client import ComfyClient, ComfyError
 from PIL import Image
+
+import dev
 
 FILES = sorted((pictures.FOLDER.parent.parent / "example_workflows").glob("*.json"))
 DEMO = [path for path in FILES if path.stem[:2] in ("01", "02", "05")]  # test_workflows.py runs all
@@ -100,7 +104,7 @@ def test_what_cannot_be_converted_is_refused():
 
 def test_inputs_are_set_by_title_or_class():
     prompt = workflow.to_prompt({"nodes": [node(1, "Loader"), node(2, "Sampler", [7, "fixed", 3, "b"])], "links": []},
-                                NODES)  # fmt: skip
+                                NODES)
     changed = workflow.with_inputs(prompt, {"Sample": {"seed": 1}, "Loader": {}})
     assert changed["2"]["inputs"]["seed"] == 1 and prompt["2"]["inputs"]["seed"] == 7
     with pytest.raises(ComfyError, match="no node 'Gone'"):
@@ -143,15 +147,15 @@ def test_failures_are_sentences(client, object_info):
 
 
 def run_demo(*arguments):
-    script = pictures.FOLDER.parent / "run.py"
-    return subprocess.run([sys.executable, str(script), *map(str, arguments)], capture_output=True, text=True)
+    script = dev.ROOT / "tools" / "run.py"
+    return subprocess.run([sys.executable, str(script), "demo_run", *map(str, arguments)], capture_output=True, text=True)
 
 
 def test_the_demo_runs(server_url, tmp_path):
     done = run_demo("--server", server_url, "--output", tmp_path / "out", "red_star", "wide_green_circle_and_red_star")
     assert done.returncode == 0, done.stdout + done.stderr
     written = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert len(written) == 2 * 5 + 1 and "contact sheet.png" in written
+    assert len(written) == 2 * 5 + 1 and "contact contact_sheet.png" in written
     assert Image.open(tmp_path / "out" / "wide_green_circle_and_red_star - prompt.png").size == (192, 128)
     rows = [line.split() for line in done.stdout.splitlines() if re.match(r"red_star +(concept|prompt)", line)]
     edit, other = ([int(row[column]) for row in rows] for column in (-3, -2))
@@ -176,9 +180,9 @@ def test_the_demo_fails_with_a_sentence(arguments, words, tmp_path):
 def test_the_contact_sheet_holds_every_picture():
     red, blue = (np.broadcast_to(np.float32(c), (128, 128, 3)) for c in ((1, 0, 0), (0, 0, 1)))
     wide = np.broadcast_to(np.float32((0, 1, 0)), (128, 192, 3))
-    page = np.asarray(sheet.draw(["one", "two"], [[("words", red), ("more " * 20, blue)], [("w", wide)]]))
+    page = np.asarray(contact_sheet.draw(["one", "two"], [[("words", red), ("more " * 20, blue)], [("w", wide)]]))
     seen = {colour: int((np.abs(page - np.array(colour)).sum(-1) < 30).sum()) for colour in
-            ((255, 0, 0), (0, 0, 255), (0, 255, 0))}  # fmt: skip
-    side = sheet.CELL
+            ((255, 0, 0), (0, 0, 255), (0, 255, 0))}
+    side = contact_sheet.CELL
     assert seen[255, 0, 0] == seen[0, 0, 255] == side * side
     assert seen[0, 255, 0] == side * round(128 * side / 192)

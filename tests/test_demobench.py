@@ -5,10 +5,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from comfyui_ledits.demo import captions, pictures, scenes
+from comfyui_ledits.tools.benchmarks import demobench, demobench_truth, piebench
 from PIL import Image
-
-from demo import captions, pictures, scenes
-from evaluation import demobench, demobench_truth, piebench
 
 EACH = 2
 
@@ -43,7 +42,7 @@ def test_the_format_is_piebench(folder, items):
         entry = mapping[item.key]
         assert len(item.key) == 12 and item.key.isdigit() and Image.open(item.path).size == (128, 128)
         assert set(entry) - {"truth"} == {"image_path", "original_prompt", "editing_prompt", "editing_instruction",
-                                          "editing_type_id", "blended_word", "mask"}  # fmt: skip
+                                          "editing_type_id", "blended_word", "mask"}
         assert item.source != item.target and item.source_marked + item.target_marked
         for word, prompt in zip(item.blended, (item.source, item.target)):
             assert word in prompt.split()
@@ -104,7 +103,7 @@ def test_the_same_seed_gives_the_same_folder(folder, tmp_path):
     demobench.make(tmp_path / "again", 1)
     demobench.make(tmp_path / "other", 1, seed=1)
     first, again, other = (json.loads((path / "mapping_file.json").read_text())
-                           for path in (folder, tmp_path / "again", tmp_path / "other"))  # fmt: skip
+                           for path in (folder, tmp_path / "again", tmp_path / "other"))
     assert all(first[key] == again[key] for key in again) and not any(other[key] == again[key] for key in again)
     for entry in again.values():
         name = f"annotation_images/{entry['image_path']}"

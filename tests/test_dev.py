@@ -30,7 +30,7 @@ def ready(tmp_path_factory):
     clone = Clone(tmp_path_factory.mktemp("ready"))
     code, output, errors = clone.run("bench", "--steps", "5")
     assert code == 0, output + errors
-    assert f"bench with ['--steps', '5'] on {clone.comfyui}" in output
+    assert f"tool with ['benchmarks.speed', '--steps', '5'] on {clone.comfyui}" in output
     return clone
 
 
@@ -75,7 +75,7 @@ def test_the_second_run_needs_no_network_and_installs_nothing(ready):
     code, output, errors = ready.run("bench", online=False)
     assert (code, errors) == (0, "")
     assert log.read_bytes() == before
-    assert output.startswith("bench with []")
+    assert output.startswith("tool with ['benchmarks.speed']")
 
 
 def test_demo_gives_the_runner_a_server_and_passes_its_exit_code(ready):
@@ -117,7 +117,7 @@ def test_a_changed_requirement_is_installed_into_what_is_there(clone):
     clone.run("bench")
     make_wheel(clone.index, "extra", "1.0", __init__="")
     (clone.comfyui / "requirements.txt").write_text("needed\nextra\n")
-    (clone.root / "demo" / "bench.py").write_text("import extra")
+    (clone.root / "tools" / "run.py").write_text("import extra")
     refused(clone.run("bench", online=False), "connect to the network")
     marker = clone.root / ".venv" / "not made anew"
     marker.touch()

@@ -3,7 +3,7 @@ import joint
 import pytest
 import tiny
 import torch
-from comfyui_ledits.nodes.pix2pix_zero import EditDirection
+from comfyui_ledits.nodes.pix2pix_zero_edit import EditDirection
 
 
 def encoded(clip, text):

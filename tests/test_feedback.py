@@ -30,7 +30,7 @@ EDIT = PROMPTS | {"positive": ["words", 1], "cfg": 5.0}
 
 def inversions():
     learned = {**PROMPTS, **LEVELS, "cfg": 5.0, "steps": 2, "learning_rate": 0.01, "early_stop": 0.0,
-               "on_interrupt": "discard"}  # fmt: skip
+               "on_interrupt": "discard"}
     return {
         "edit-friendly": node("LEDITS_EditFriendlyInversion", **PROMPTS, **LEVELS, cfg=1.0, eta=1.0, seed=0,
                               steps_at_once=2),
@@ -42,7 +42,7 @@ def inversions():
                     interpolation=1.0),
         "null": node("LEDITS_NullTextInversion", **learned, inner_steps=3),
         "style": node("LEDITS_StyleDiffusionInversion", **learned, first_steps=2, attention_loss=0.0, tau_v=0.5),
-    }  # fmt: skip
+    }
 
 
 def edits():
@@ -63,7 +63,7 @@ def edits():
                       vae=["model", 2], skip_values="2, 1", cfg_values="1, 5"),
         "stock": node("KSampler", **EDIT, seed=0, steps=3, sampler_name="euler", scheduler="normal", denoise=1.0,
                       latent_image=["latent", 0]),
-    }  # fmt: skip
+    }
 
 
 SLOTS = {"sweep": 1} | dict.fromkeys(inversions(), 1)
@@ -72,7 +72,7 @@ SLOTS = {"sweep": 1} | dict.fromkeys(inversions(), 1)
 def saved(graph, *names):
     """The graph with an output node behind each of some nodes."""
     return graph | {f"{name} saved": node("SaveLatent", samples=[name, SLOTS.get(name, 0)], filename_prefix="feedback")
-                    for name in names}  # fmt: skip
+                    for name in names}
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +134,7 @@ PHASES = {
     "kept": ["editing 1/3", "editing 3/3"],
     "custom": ["source pass, steps 1 to N of 3", "editing 1/3", "editing 3/3"],
     "sweep": ["1 of 4: editing 1/2", "2 of 4: editing 2/2", "3 of 4: editing 1/3", "4 of 4: editing 3/3"],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", PHASES)
@@ -161,7 +161,7 @@ def test_a_changed_edit_does_not_invert_again(client):
     def rows(entry):
         cached = dict(entry["status"]["messages"])["execution_cached"]["nodes"]
         return {name: report["ledits"][0]["unet_rows"] for name, report in entry["outputs"].items()
-                if "ledits" in report and name not in cached}  # fmt: skip
+                if "ledits" in report and name not in cached}
 
     assert rows(first) == {"edit-friendly": 2 * STEPS, "edit": 2 * EDITED}
     assert rows(second) == {"edit": 2 * EDITED}

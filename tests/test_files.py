@@ -9,12 +9,12 @@ import pytest
 import safetensors.torch
 import tiny
 import torch
-from comfyui_ledits.demo.client import ComfyClient
-from comfyui_ledits.nodes import files
-from comfyui_ledits.nodes.files import LoadInversion, SaveInversion
-from comfyui_ledits.nodes.inversion import EditFriendlyInversion
+from comfyui_ledits.files import inversion_file
+from comfyui_ledits.nodes import inversion_files
+from comfyui_ledits.nodes.edit_friendly_inversion import EditFriendlyInversion
+from comfyui_ledits.nodes.inversion_files import LoadInversion, SaveInversion
 from comfyui_ledits.nodes.sampling import LeditsKSampler
-from comfyui_ledits.samplers import inversion_file
+from comfyui_ledits.tools.api.client import ComfyClient
 from records import record, saved
 
 pytestmark = pytest.mark.usefixtures("inference_mode")
@@ -76,7 +76,7 @@ def test_a_refusal_before_the_workflow_runs(folders, raw):
     "../x.safetensors", "a/../../x.safetensors", "..\\x.safetensors", "{secret}", "{secret} [output]", "C:/x.safetensors",
     "\\\\host\\x.safetensors", "x.safetensors\0", "", " ", "link.safetensors", "link.safetensors [output]",
     "folder/x.safetensors [output]", "gone.safetensors", "out [output]", "x.safetensors [temp]",
-])  # fmt: skip
+])
 def test_nothing_outside_of_the_folders_is_loaded(folders, raw, tmp_path, name):
     secret = tmp_path / "secret" / "x.safetensors"
     secret.parent.mkdir()
@@ -93,7 +93,7 @@ def test_nothing_outside_of_the_folders_is_loaded(folders, raw, tmp_path, name):
     assert isinstance(told, str) and told.endswith(".")
     with pytest.raises(ValueError):
         LoadInversion.execute(name)
-    assert files.found(inversion_file.KIND) == []
+    assert inversion_files.found(inversion_file.KIND) == []
 
 
 @pytest.mark.parametrize("prefix", ["../x", "a/../../x", "/x", "C:\\x", "{outside}/x", "link/x", "", "x\0", "..\\x"])
@@ -116,14 +116,14 @@ def test_names_are_counted_and_dated(folders):
     for prefix, name in [
         ("p", "p_00001_"), ("p", "p_00002_"), ("q/p", "q/p_00001_"), ("p_%width%x%height%", "p_8x8_00001_"),
         ("%year%/p", f"{now.tm_year}/p_00001_"), ("%date:yyyy%/r", f"{now.tm_year}/r_00001_"),
-    ]:  # fmt: skip
+    ]:
         result = SaveInversion.execute(made, prefix, "float32")
         assert (folders[0] / (name + ".ledits.safetensors")).is_file()
         assert result.ui["text"][0].startswith(name + ".ledits.safetensors\n")
         file = result.ui["inversions"][0]
         assert folders[0] / file["subfolder"] / file["filename"] == folders[0] / (name + ".ledits.safetensors")
     moment = time.strptime("2031-02-03 04:05:06", "%Y-%m-%d %H:%M:%S")
-    assert files.with_date("a %date% %date:yy.MM.dd-hh.mm.ss% %year%", moment) == "a 2031-02-03 31.02.03-04.05.06 %year%"
+    assert inversion_files.with_date("a %date% %date:yy.MM.dd-hh.mm.ss% %year%", moment) == "a 2031-02-03 31.02.03-04.05.06 %year%"
 
 
 def test_the_picker_lists_inversions_newest_first(folders, raw):
@@ -133,7 +133,7 @@ def test_the_picker_lists_inversions_newest_first(folders, raw):
     (into / "lora.safetensors").write_bytes(safetensors.torch.save({"lora": torch.ones(4)}))
     (into / "notes.txt").write_bytes(raw)
     os.utime(into / "mine.safetensors", (1, 1))
-    assert files.found(inversion_file.KIND) == ["deep/er/one_00001_.ledits.safetensors [output]", "mine.safetensors"]
+    assert inversion_files.found(inversion_file.KIND) == ["deep/er/one_00001_.ledits.safetensors [output]", "mine.safetensors"]
     os.utime(out / "deep/er/one_00001_.ledits.safetensors", (0, 0))
     options = LoadInversion.INPUT_TYPES()["required"]["file"][1]["options"]
     assert options == ["mine.safetensors", "deep/er/one_00001_.ledits.safetensors [output]"]
@@ -170,11 +170,11 @@ def test_in_a_server(server_url):
         "encoded": node("VAEEncode", pixels=["picture", 0], vae=["model", 2]),
         "inversion": node("LEDITS_EditFriendlyInversion", model=["model", 0], positive=["words", 0], negative=["words", 0],
                           latent=["encoded", 0], cfg=1.0, steps=4, scheduler="ddim_uniform", eta=1.0, seed=0),
-    }  # fmt: skip
+    }
 
     def latent(inversion, **more):
         edit = node("LEDITS_KSampler", model=["model", 0], positive=["words", 0], negative=["words", 0], cfg=3.0, skip=1,
-                    inversion=inversion)  # fmt: skip
+                    inversion=inversion)
         entry = client.run(base | more | {"edit": edit, "kept": node("SaveLatent", samples=["edit", 0], filename_prefix="x")})
         return entry, safetensors.torch.load(client.fetch(entry["outputs"]["kept"]["latents"][0]))["latent_tensor"]
 
@@ -185,7 +185,7 @@ def test_in_a_server(server_url):
     name = choice["input"]["required"]["file"][1]["options"][0]
     assert name == "inversions/demo_00001_.ledits.safetensors [output]"
     _, again = latent(["loaded", 0], loaded=node("LEDITS_LoadInversion", file=name),
-                      seen=node("LEDITS_InspectInversion", inversion=["loaded", 0], vae=["model", 2]))  # fmt: skip
+                      seen=node("LEDITS_InspectInversion", inversion=["loaded", 0], vae=["model", 2]))
     assert torch.equal(direct, again)
     with pytest.raises(Exception, match="not a plain name"):
         latent(["loaded", 0], loaded=node("LEDITS_LoadInversion", file="../" + name))

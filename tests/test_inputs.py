@@ -5,13 +5,13 @@ import pytest
 import tiny
 import torch
 from comfy_extras.nodes_custom_sampler import DisableNoise, FlipSigmas, SamplerCustomAdvanced
-from comfyui_ledits.nodes.concept import SemanticConcept
-from comfyui_ledits.nodes.inversion import EditFriendlyInversion
-from comfyui_ledits.nodes.pack import PackInversion, UnpackInversion
+from comfyui_ledits.nodes.edit_friendly_inversion import EditFriendlyInversion
 from comfyui_ledits.nodes.sampling import LeditsGuiderNode, LeditsKSampler, LeditsSamplerNode
+from comfyui_ledits.nodes.semantic_concept import SemanticConcept
+from comfyui_ledits.nodes.unpack_pack import PackInversion, UnpackInversion
 from comfyui_ledits.samplers.guider import LeditsGuider
 from comfyui_ledits.samplers.ledits import LeditsSampler
-from comfyui_ledits.samplers.sega import Concept
+from comfyui_ledits.samplers.methods.sega import Concept
 
 import nodes
 
@@ -261,7 +261,7 @@ def test_outside_the_mask_every_step_stays_on_the_path(inverted):
     guider.sample(
         torch.zeros(1, 4, 8, 8), torch.ones(1, 4, 8, 8), LeditsSampler(inverted), inverted.sigmas[2:], denoise_mask=half(8, 8),
         callback=lambda step, x0, x, steps: seen.update({step: (x, steps)}), disable_pbar=True,
-    )  # fmt: skip
+    )
     assert list(seen) == list(range(6))
     for step, (x, steps) in seen.items():
         assert steps == 6

@@ -8,10 +8,10 @@ import pytest
 import torch
 from comfyui_ledits.demo import loader
 from comfyui_ledits.demo.loader import DemoLatent
-from comfyui_ledits.nodes.card import Scale
-from comfyui_ledits.nodes.inspect import InspectInversion
-from comfyui_ledits.samplers import statistics
-from comfyui_ledits.samplers.inversion import Inversion
+from comfyui_ledits.nodes.drawing.card import Scale
+from comfyui_ledits.nodes.inspect_inversion import InspectInversion
+from comfyui_ledits.samplers.methods import inversion_statistics
+from comfyui_ledits.samplers.methods.record import Inversion
 from PIL import Image
 
 pytestmark = pytest.mark.usefixtures("inference_mode")
@@ -33,12 +33,12 @@ def record(eta=1.0, residuals=True, batch=1, size=64, picture=None, error=0.0, l
         rest.append(latents[i + 1] - predictions[i] - down / s * (latents[i] - predictions[i]))
     made = Inversion(SIGMAS, torch.stack(latents), torch.stack(rest) if residuals else None,
                      torch.full((steps,), eta if residuals else 0.0), "ve", "BaseModel, SD15", "edit-friendly DDPM",
-                     {"cfg": 3.5}, {}, latent_format or comfy.latent_formats.SD15())  # fmt: skip
+                     {"cfg": 3.5}, {}, latent_format or comfy.latent_formats.SD15())
     return made, predictions
 
 
 def test_the_theory_is_the_closed_form_and_the_maps_follow_it():
-    noise = statistics.noise(record(size=128)[0])
+    noise = inversion_statistics.noise(record(size=128)[0])
     r2 = (SIGMAS[1:-1].double() / SIGMAS[:-2].double()) ** 2
     assert noise.what == "noise maps" and noise.steps == [0, 1, 2, 3]  # the last step adds none
     torch.testing.assert_close(noise.expected, (1 + r2) / (1 - r2))
@@ -48,19 +48,19 @@ def test_the_theory_is_the_closed_form_and_the_maps_follow_it():
 
 @pytest.mark.parametrize("eta", [0.3, 0.8])
 def test_theory_at_other_shares_of_noise(eta):
-    noise = statistics.noise(record(eta, size=128)[0])
+    noise = inversion_statistics.noise(record(eta, size=128)[0])
     torch.testing.assert_close(noise.variances[:, 0], noise.expected, rtol=0.03, atol=0)
 
 
 def test_errors_of_the_prediction_show():
-    ratio = [statistics.noise(record(error=e)[0]) for e in (0.0, 5.0)]
+    ratio = [inversion_statistics.noise(record(error=e)[0]) for e in (0.0, 5.0)]
     quiet, loud = (float((n.variances[:, 0] / n.expected).max()) for n in ratio)
     assert quiet < 1.1 and loud > 1.4
 
 
 def test_norm_and_variance_are_those_of_the_noise_maps():
     made, _ = record(batch=2, size=8)
-    noise, maps = statistics.noise(made), made.noise_maps().double().numpy()
+    noise, maps = inversion_statistics.noise(made), made.noise_maps().double().numpy()
     for i in range(4):
         for b in range(2):
             values = maps[i, b].ravel()
@@ -70,31 +70,31 @@ def test_norm_and_variance_are_those_of_the_noise_maps():
 
 def test_a_path_without_maps_shows_the_noise_in_it():
     made, _ = record(residuals=False)
-    noise = statistics.noise(made)
+    noise = inversion_statistics.noise(made)
     assert noise.what == "noise in the path" and noise.expected.tolist() == [1.0] * 5
     torch.testing.assert_close(noise.variances[:, 0], noise.expected, rtol=0.03, atol=0)
-    assert statistics.replay_errors(made).tolist() == [[0.0]] * 5
+    assert inversion_statistics.replay_errors(made).tolist() == [[0.0]] * 5
 
 
 def test_a_replay_stays_on_the_path_but_for_rounding():
     made, _ = record(batch=2)
-    errors = statistics.replay_errors(made)
+    errors = inversion_statistics.replay_errors(made)
     assert errors.shape == (5, 2) and 0 < errors.max() < 1e-5
 
 
 def test_predictions_are_those_the_record_was_made_from():
     made, predictions = record(error=0.5)
     for i, d in enumerate(predictions):
-        torch.testing.assert_close(statistics.predictions(made, i), d, rtol=0, atol=2e-4)
+        torch.testing.assert_close(inversion_statistics.predictions(made, i), d, rtol=0, atol=2e-4)
     path, _ = record(residuals=False)
     for i in range(5):  # where the straight line through two latents meets sigma 0
         slope = (path.latents[i + 1] - path.latents[i]) / (SIGMAS[i + 1] - SIGMAS[i])
-        torch.testing.assert_close(statistics.predictions(path, i), path.latents[i] - SIGMAS[i] * slope, rtol=0, atol=2e-3)
+        torch.testing.assert_close(inversion_statistics.predictions(path, i), path.latents[i] - SIGMAS[i] * slope, rtol=0, atol=2e-3)
 
 
 @pytest.mark.parametrize("log", [False, True])
 @pytest.mark.parametrize("values", [[3.0], [1.0, 1.0], [0.93, 1.0], [9.0, 17.0, 1.1], [4e-8, 6e-7], [120.0, 511.0], [0.0, 5e6],
-                                    [1e-12, 1e9], [-3.0, 2.0], [0.0]])  # fmt: skip
+                                    [1e-12, 1e9], [-3.0, 2.0], [0.0]])
 def test_the_axis_holds_the_values(values, log):
     scale = Scale(values, log)
     shares = [scale.share(v) for v in values]
@@ -114,7 +114,7 @@ def shown(result):
 
 
 @pytest.mark.parametrize("latent_format", [comfy.latent_formats.SD15(), comfy.latent_formats.SDXL(), DemoLatent(torch.rand(5, 3)),
-                                           DemoLatent()], ids=["SD15", "SDXL", "demo", "no colours"])  # fmt: skip
+                                           DemoLatent()], ids=["SD15", "SDXL", "demo", "no colours"])
 @pytest.mark.parametrize("residuals", [True, False])
 def test_a_picture_for_each_picture(latent_format, residuals):
     made, _ = record(residuals=residuals, batch=2, size=8, latent_format=latent_format)
@@ -166,5 +166,5 @@ def test_a_reconstruction_of_another_size_is_refused():
 def test_strange_settings_do_no_harm(settings):
     made, _ = record(size=8)
     made = Inversion(made.sigmas[-2:], made.latents[-2:], None, made.etas[-1:], "ve", "m" * 400, "z" * 90, settings, {},
-                     made.latent_format)  # fmt: skip
+                     made.latent_format)
     assert InspectInversion.execute(made)[0].shape[3] == 3

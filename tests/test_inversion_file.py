@@ -13,8 +13,8 @@ import safetensors
 import safetensors.torch
 import torch
 from comfyui_ledits.demo.loader import DemoLatent
-from comfyui_ledits.nodes import files  # noqa: F401  it registers the demo model's latents
-from comfyui_ledits.samplers import inversion_file, latent_formats
+from comfyui_ledits.files import inversion_file, latent_formats
+from comfyui_ledits.nodes import inversion_files  # noqa: F401  it registers the demo model's latents
 from records import record, saved
 
 pytestmark = pytest.mark.usefixtures("inference_mode")
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("inference_mode")
     (True, {}),
     (False, {"negative": (6, 2, 5, 3), "value": (4, 1, 2, 5, 3)}),
     (False, {"negative": (1, 1, 5, 3), "negative_pooled": (2, 7)}),
-])  # fmt: skip
+])
 def test_everything_in_a_record_comes_back(tmp_path, residuals, shapes):
     own = {name: torch.randn(shape) for name, shape in shapes.items()}
     made, _ = record(residuals=residuals, overrides=own, cfg=3.5, scheduler="normal", etas=[1, 0.5], flag=True, nothing=None,
@@ -44,7 +44,7 @@ def test_everything_in_a_record_comes_back(tmp_path, residuals, shapes):
 @pytest.mark.parametrize("latent_format", [
     comfy.latent_formats.SD15(), comfy.latent_formats.SD15(0.3), comfy.latent_formats.SDXL(),
     comfy.latent_formats.SDXL_Playground_2_5(), DemoLatent(), DemoLatent(torch.randn(5, 3)),
-], ids=lambda f: type(f).__name__)  # fmt: skip
+], ids=lambda f: type(f).__name__)
 def test_latent_formats_come_back_equal(tmp_path, latent_format):
     made, _ = record(latent_format=latent_format)
     own = saved(tmp_path / "x", made)[0].latent_format
@@ -204,7 +204,7 @@ def test_it_is_refused_with_a_sentence(tmp_path, raw, name):
         inversion_file.load(path, latent_formats.make)
     assert words in str(error.value) and len(str(error.value)) < 300
     assert str(error.value).endswith((". Choose a file that Save Inversion has written, or invert the picture again.",
-                                      ": update the pack to load it."))  # fmt: skip
+                                      ": update the pack to load it."))
     if name in ("other numbers", "NaN", "NaN in sigmas", "not descending", "eta 2"):
         inversion_file.check(path, latent_formats.make)
     else:  # told from the header alone

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from comfyui_ledits.demo import captions, measure, pictures, scenes
+from comfyui_ledits.demo import captions, pictures, scenes
+from comfyui_ledits.tools import measure
 from scipy import ndimage
 
 

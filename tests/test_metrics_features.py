@@ -29,7 +29,7 @@ def similarities(folder, picture, antialias):
     mean, std = (torch.tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     modules = dict(vit.named_modules())
     norm, key = (modules[[n for n in modules if n.rpartition(".")[2] in ends][-1]]
-                 for ends in (("layernorm_before",), ("key", "k_proj")))  # fmt: skip
+                 for ends in (("layernorm_before",), ("key", "k_proj")))
     with torch.no_grad():
         hidden = vit((x - mean) / std, interpolate_pos_encoding=True, output_hidden_states=True).hidden_states[-2][0]
         keys = (norm(hidden) @ key.weight.T + key.bias).double().numpy()
@@ -89,7 +89,7 @@ def cosine(folder, name, picture, words):
 def fitting(folder, name, picture, prefix=""):
     """A prompt with a positive cosine to the picture, for a random network."""
     return next(w for w in ("a cat", "a red dog", "two trees", "snow", "a ship at sea", "old paint", "seven") if
-                cosine(folder, name, picture, prefix + w) > 0.02)  # fmt: skip
+                cosine(folder, name, picture, prefix + w) > 0.02)
 
 
 def test_clip_similarity_is_the_cosine(folder, networks):

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import tiny_networks
 import torch
-from comfyui_ledits.demo.client import ComfyClient
 from comfyui_ledits.evaluation import table
 from comfyui_ledits.evaluation.metrics import METRICS
-from comfyui_ledits.nodes.metrics import OUTPUTS, EditMetrics
+from comfyui_ledits.nodes.edit_metrics import OUTPUTS, EditMetrics
+from comfyui_ledits.tools.api.client import ComfyClient
 from PIL import Image
 
 NAMES = [name for _, name, _ in OUTPUTS]
@@ -111,11 +111,11 @@ def test_the_mean_leaves_out_what_was_not_measured():
 def test_in_a_server(server_url):
     server = ComfyClient(server_url)
     graph = {name: {"class_type": "EmptyImage", "inputs": {"width": 64, "height": 64, "batch_size": 1, "color": colour}}
-             for name, colour in (("source", 0x333333), ("edited", 0x666666))}  # fmt: skip
+             for name, colour in (("source", 0x333333), ("edited", 0x666666))}
     graph["mask"] = {"class_type": "SolidMask", "inputs": {"value": 0.0, "width": 64, "height": 64}}
     graph["metrics"] = {"class_type": "LEDITS_EditMetrics", "inputs": {
         "source": ["source", 0], "edited": ["edited", 0], "mask": ["mask", 0], "mode": "pie-bench", "source_prompt": "",
-        "target_prompt": "", "csv": "server", "label": "mine"}}  # fmt: skip
+        "target_prompt": "", "csv": "server", "label": "mine"}}
     entry = server.run(graph)["outputs"]["metrics"]
     assert "PSNR unedited" in entry["text"][0] and "13.98" in entry["text"][0] and "NaN" not in json.dumps(entry)
     assert Image.open(io.BytesIO(server.fetch(entry["images"][0]))).width > 1000

@@ -11,10 +11,10 @@ import pytest
 import tiny
 import torch
 from chain_parts import CONTROLS, SIDE, STEPS, attention, empty, plain, words
-from comfyui_ledits.nodes.capture import CaptureAttention
-from comfyui_ledits.nodes.ddim import DDIMInversion, DirectInversion, NegativePromptInversion
-from comfyui_ledits.nodes.gradient import ON_INTERRUPT, NullTextInversion, StyleDiffusionInversion
-from comfyui_ledits.nodes.inversion import EditFriendlyInversion
+from comfyui_ledits.nodes.capture_attention import CaptureAttention
+from comfyui_ledits.nodes.ddim_inversions import DDIMInversion, DirectInversion, NegativePromptInversion
+from comfyui_ledits.nodes.edit_friendly_inversion import EditFriendlyInversion
+from comfyui_ledits.nodes.learned_inversions import ON_INTERRUPT, NullTextInversion, StyleDiffusionInversion
 from test_traces import INTERRUPTED, act_at, fail, state
 
 import nodes
@@ -84,7 +84,7 @@ RUNS = {
     "null-text edit": on_the_learned(null_text),
     "StyleDiffusion": style_diffusion,
     "StyleDiffusion edit": on_the_learned(style_diffusion),
-}  # fmt: skip
+}
 
 
 def sample(model):
@@ -104,7 +104,7 @@ def everything(model):
         "gradients": [name for name, p in network.named_parameters() if p.requires_grad or p.grad is not None],
         "backups": [sorted(model.backup), sorted(model.object_patches_backup)],
         "current": model.model.current_patcher is None,
-    }  # fmt: skip
+    }
 
 
 def user_s_model():

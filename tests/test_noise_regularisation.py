@@ -4,13 +4,13 @@ import random
 import pytest
 import tiny
 import torch
-from comfyui_ledits.demo.client import ComfyClient
-from comfyui_ledits.nodes.ddim import DDIMInversion
-from comfyui_ledits.samplers import ddim
-from comfyui_ledits.samplers.noise_regularisation import NoiseRegularisation, draw_shifts
+from comfyui_ledits.nodes.ddim_inversions import DDIMInversion
+from comfyui_ledits.samplers.methods import ddim
+from comfyui_ledits.samplers.methods.noise_regularisation import NoiseRegularisation, draw_shifts
+from comfyui_ledits.tools.api.client import ComfyClient
 
 PUBLISHED = {"noise_regularisation": "pix2pix-zero", "lambda_ac": 20.0, "lambda_kl": 20.0, "reg_steps": 5, "ac_rolls": 5,
-             "reg_seed": 0}  # fmt: skip
+             "reg_seed": 0}
 
 
 def correlation(noise, shifts):
@@ -118,7 +118,7 @@ def test_every_prediction_of_the_inversion_is_regularised(refinements):
 def test_the_node_takes_it_with_the_published_values(inference_mode):
     model, latent = tiny.model(), tiny.latent(batch=2, height=16, width=16)
     common = (model, tiny.conditioning(seed=1), tiny.conditioning(seed=2), latent, 1.0, 4, "ddim_uniform", 0, 0.0, "A",
-              {"path": "inverted"})  # fmt: skip
+              {"path": "inverted"})
     plain, off, on, again = (DDIMInversion.execute(*common, noise_regularisation=choice)[0]
                              for choice in (None, {"noise_regularisation": "none"}, PUBLISHED, PUBLISHED))
     assert torch.equal(plain.latents, off.latents) and plain.settings == off.settings

@@ -9,11 +9,12 @@ import pytest
 import reference
 import tiny
 import torch
-from comfyui_ledits.nodes.gradient import ON_INTERRUPT, NullTextInversion
+from comfyui_ledits.nodes.learned_inversions import ON_INTERRUPT, NullTextInversion
 from comfyui_ledits.nodes.sampling import LeditsKSampler
-from comfyui_ledits.samplers import fit, gradients, null_text
+from comfyui_ledits.samplers import gradients
 from comfyui_ledits.samplers.gradient_inverters import NullTextInverter
 from comfyui_ledits.samplers.guider import LeditsGuider
+from comfyui_ledits.samplers.methods import fit, null_text
 from listening import listen
 
 pytestmark = pytest.mark.usefixtures("inference_mode")
@@ -41,7 +42,7 @@ def invert(kind="sd1", batch=1, steps=4, inner_steps=3, on_interrupt=ON_INTERRUP
     return NullTextInversion.execute(
         patched or model(kind), *prompts(kind), tiny.latent(kind, batch), CFG, steps, "ddim_uniform", inner_steps,
         0.01, early_stop, on_interrupt, **more,
-    )  # fmt: skip
+    )
 
 
 # --- what is learned ------------------------------------------------------------------------------------------------
@@ -165,7 +166,7 @@ def state(patcher):
         "gradients": [n for n, p in inner.named_parameters() if p.requires_grad],
         "options": repr(patcher.model_options), "patched": repr(patcher.object_patches_backup),
         "wrappers": repr(patcher.wrappers), "modules": [n for n, _ in inner.named_modules()],
-    }  # fmt: skip
+    }
 
 
 def plain_sample(patched=None):
@@ -287,7 +288,7 @@ def test_under_dynamic_vram_a_second_model_is_loaded_and_unloaded():
 def test_both_nodes_run_in_a_server_and_show_their_loss(client):
     common = {"model": ["demo", 0], "positive": ["source", 0], "negative": ["empty", 0], "latent": ["picture", 0],
               "cfg": CFG, "steps": 2, "scheduler": "ddim_uniform", "learning_rate": 0.01, "early_stop": 1e-5,
-              "on_interrupt": ON_INTERRUPT[0]}  # fmt: skip
+              "on_interrupt": ON_INTERRUPT[0]}
     graph = {
         "demo": {"class_type": "LEDITS_LoadDemoModel", "inputs": {}},
         "source": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["demo", 1], "text": "a red circle"}},
@@ -296,12 +297,12 @@ def test_both_nodes_run_in_a_server_and_show_their_loss(client):
         "null": {"class_type": "LEDITS_NullTextInversion", "inputs": {**common, "inner_steps": 2}},
         "style": {"class_type": "LEDITS_StyleDiffusionInversion",
                   "inputs": {**common, "first_steps": 2, "attention_loss": 1.0, "tau_v": 0.5}},
-    }  # fmt: skip
+    }
     for name in ("null", "style"):
         inputs = {key: common[key] for key in ("model", "positive", "negative", "cfg")}
         graph[f"{name} edit"] = {
             "class_type": "LEDITS_KSampler", "inputs": {**inputs, "inversion": [name, 0], "skip": 0}
-        }  # fmt: skip
+        }
         graph[f"{name} out"] = {"class_type": "SaveLatent", "inputs": {"samples": [f"{name} edit", 0], "filename_prefix": name}}
     ((entry, seen),) = listen(client, graph)
     for name in ("null", "style"):

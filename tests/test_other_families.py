@@ -11,8 +11,8 @@ import pytest
 import tiny
 import torch
 from chain_parts import CONTROLS, scene
-from comfyui_ledits.nodes.capture import CaptureAttention
-from comfyui_ledits.nodes.inversion import EditFriendlyInversion
+from comfyui_ledits.nodes.capture_attention import CaptureAttention
+from comfyui_ledits.nodes.edit_friendly_inversion import EditFriendlyInversion
 
 import nodes
 
@@ -32,7 +32,7 @@ def other_family(name):
         "PixArt": (comfy.supported_models.PixArtAlpha, comfy.model_base.PixArt, {
             "input_size": 64, "patch_size": 2, "in_channels": 4, "hidden_size": 32, "depth": 1, "num_heads": 2,
             "caption_channels": 32, "pe_interpolation": 1, "micro_condition": False, "model_max_length": 77}, 40),
-    }[name]  # fmt: skip
+    }[name]
     settings = family({})
     settings.unet_config = config | {"dtype": torch.float32}
     inner = base(settings)

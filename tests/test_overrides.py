@@ -7,7 +7,7 @@ import reference
 import tiny
 import torch
 from comfy_extras.nodes_custom_sampler import BasicGuider, CFGGuider, DisableNoise, SamplerCustomAdvanced
-from comfyui_ledits.nodes.ddim import DDIMInversion, NegativePromptInversion
+from comfyui_ledits.nodes.ddim_inversions import DDIMInversion, NegativePromptInversion
 from comfyui_ledits.nodes.sampling import LeditsKSampler, LeditsSamplerNode
 
 pytestmark = pytest.mark.usefixtures("inference_mode")

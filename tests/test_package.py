@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from comfyui_ledits.demo import workflow
-from comfyui_ledits.demo.client import ComfyClient
+from comfyui_ledits.tools.api import workflow
+from comfyui_ledits.tools.api.client import ComfyClient
 from conftest import COMFYUI
 
 import dev

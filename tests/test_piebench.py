@@ -8,11 +8,10 @@ import threading
 
 import numpy as np
 import pytest
+from comfyui_ledits.tools.benchmarks import piebench, piebench_run, report, runner_work, table_methods
+from comfyui_ledits.tools.benchmarks.runner_book import RESULTS, Book
 from piebench_data import runs_of, write_folder
 from PIL import Image
-
-from evaluation import methods, piebench, piebench_run, report, runner_work
-from evaluation.runner_book import RESULTS, Book
 
 # --- masks and prompts ----------------------------------------------------------------------------------------------
 
@@ -123,23 +122,23 @@ def test_a_subset_is_spread_over_the_types(tmp_path):
 
 def item(source="a [cat] sits", target="a [dog] sits", blended="cat dog", number=1):
     return piebench.Item("1", number, None, piebench.plain(source), piebench.plain(target), piebench.marked(source),
-                         piebench.marked(target), tuple(blended.split()))  # fmt: skip
+                         piebench.marked(target), tuple(blended.split()))
 
 
 def test_names_of_methods():
-    assert methods.parse("all") == methods.METHODS and len(set(methods.METHODS)) == 36
-    assert set(methods.parse("paper")) == set(methods.PAPER) == set(report.PUBLISHED)
-    assert methods.parse("direct+p2p, *+masactrl")[0] == "ddim+masactrl" and len(methods.parse("*+pnp direct+p2p")) == 7
+    assert table_methods.parse("all") == table_methods.METHODS and len(set(table_methods.METHODS)) == 36
+    assert set(table_methods.parse("paper")) == set(table_methods.PAPER) == set(report.PUBLISHED)
+    assert table_methods.parse("direct+p2p, *+masactrl")[0] == "ddim+masactrl" and len(table_methods.parse("*+pnp direct+p2p")) == 7
     for text in ("", "p2p", "direct+photoshop"):
         with pytest.raises(piebench.Problem, match="methods?"):
-            methods.parse(text)
+            table_methods.parse(text)
 
 
 def test_workflows_fit_the_nodes(server_url):
     """Every input that a node needs is there and links to a node, nothing else is; for every method."""
     info = runner_work.ComfyClient(server_url).object_info()
-    for method in methods.METHODS:
-        graph = methods.build(method, item(), "x.png", methods.Settings(steps=10))
+    for method in table_methods.METHODS:
+        graph = table_methods.build(method, item(), "x.png", table_methods.Settings(steps=10))
         used = set()
         for node in graph.values():
             known = info[node["class_type"]]["input"]
@@ -148,13 +147,13 @@ def test_workflows_fit_the_nodes(server_url):
             assert given <= {*known.get("required", {}), *known.get("optional", {})}, (method, node)
             used |= {value[0] for value in node["inputs"].values() if isinstance(value, list)}
         assert used <= set(graph), method
-        edit = graph[methods.EDIT]["inputs"]
+        edit = graph[table_methods.EDIT]["inputs"]
         assert edit["inversion"] == ["inversion", 0] and ("attention" in edit) != ("concepts" in edit)
 
 
 def test_settings_are_the_papers():
     def inputs(method, node, **more):
-        return methods.build(method, item(**more), "x", methods.Settings("sd.ckpt"))[node]["inputs"]
+        return table_methods.build(method, item(**more), "x", table_methods.Settings("sd.ckpt"))[node]["inputs"]
 
     control = inputs("direct+p2p", "control")
     assert (control["cross_replace_steps"], control["self_replace_steps"]) == (0.4, 0.6)
@@ -170,7 +169,7 @@ def test_settings_are_the_papers():
     assert inputs("direct+masactrl", "inversion")["positive"] == ["empty", 0]
     assert inputs("null-text+masactrl", "inversion")["positive"] == ["source", 0]
     assert inputs("direct+pnp", "control")["source"] == ["empty", 0]
-    assert methods.build("direct+pnp", item(), "x", methods.Settings("sd.ckpt"))["loader"]["inputs"] == {
+    assert table_methods.build("direct+pnp", item(), "x", table_methods.Settings("sd.ckpt"))["loader"]["inputs"] == {
         "ckpt_name": "sd.ckpt"
     }
     assert inputs("direct+pix2pix-zero", "control")["xa_guidance"] == 0.1
@@ -182,8 +181,8 @@ def test_settings_are_the_papers():
 
 
 def test_settings_of_a_run_go_before_the_papers():
-    chosen = methods.Settings(cfg=3.0, concept_scale=2.0, xa_guidance=0.01)
-    made = {method: methods.build(method, item(), "x", chosen) for method in methods.METHODS}
+    chosen = table_methods.Settings(cfg=3.0, concept_scale=2.0, xa_guidance=0.01)
+    made = {method: table_methods.build(method, item(), "x", chosen) for method in table_methods.METHODS}
     assert {graph["edit"]["inputs"]["cfg"] for graph in made.values()} == {3.0}
     assert made["direct+ledits"]["concept"]["inputs"]["scale"] == 2.0
     assert made["direct+pix2pix-zero"]["control"]["inputs"]["xa_guidance"] == 0.01
@@ -191,11 +190,11 @@ def test_settings_of_a_run_go_before_the_papers():
 
 
 def test_the_concept_of_an_edit():
-    assert methods.concept(item()) == ("dog", "towards")
-    assert methods.concept(item("a bike", "a [rusty] bike", "bike bike")) == ("rusty bike", "towards")
-    assert methods.concept(item("a cat [and a hat]", "a cat", "")) == ("a hat", "away")
-    assert methods.concept(item("a cat [here]", "a cat [on the left]", "cat cat")) == ("cat on the left", "towards")
-    assert methods.concept(item("a cat", "a dog")) == ("a dog", "towards")
+    assert table_methods.concept(item()) == ("dog", "towards")
+    assert table_methods.concept(item("a bike", "a [rusty] bike", "bike bike")) == ("rusty bike", "towards")
+    assert table_methods.concept(item("a cat [and a hat]", "a cat", "")) == ("a hat", "away")
+    assert table_methods.concept(item("a cat [here]", "a cat [on the left]", "cat cat")) == ("cat on the left", "towards")
+    assert table_methods.concept(item("a cat", "a dog")) == ("a dog", "towards")
 
 
 # --- results --------------------------------------------------------------------------------------------------------
@@ -261,7 +260,7 @@ def test_the_table_has_means_and_published_rows(tmp_path):
 
 def run(folder, output, server, *more):
     return piebench_run.main(["--data", str(folder), "--output", str(output), "--server", server, "--checkpoint", "demo",
-                              "--methods", "direct+ledits,direct+pnp", "--steps", "2", *more])  # fmt: skip
+                              "--methods", "direct+ledits,direct+pnp", "--steps", "2", *more])
 
 
 def test_a_run_resumes_without_repeating(server_url, tmp_path, capsys):

@@ -15,12 +15,12 @@ import time
 from pathlib import Path
 
 import pytest
+from comfyui_ledits.tools.api.client import ComfyClient, ComfyError
+from comfyui_ledits.tools.benchmarks import piebench_run
 from conftest import COMFYUI
 from piebench_data import write_folder
 
 import dev
-from demo.client import ComfyClient, ComfyError
-from evaluation import piebench_run
 
 pytest.importorskip("distributed")
 
@@ -32,7 +32,7 @@ def running(log, *command):
     """A process of this pack's Python, while the block runs; killed at its end."""
     with open(log, "wb") as file:
         process = subprocess.Popen([sys.executable, *map(str, command)], cwd=dev.ROOT, stdin=subprocess.DEVNULL,
-                                   stdout=file, stderr=subprocess.STDOUT)  # fmt: skip
+                                   stdout=file, stderr=subprocess.STDOUT)
         try:
             yield process
         finally:
@@ -80,20 +80,20 @@ def test_a_lost_worker_and_server_lose_nothing(server_url, tmp_path, capsys):
     with contextlib.ExitStack() as stack:
         second, server = stack.enter_context(dev.start_server(home, *device, log=tmp_path / "server.log"))
         stack.enter_context(running(tmp_path / "scheduler.log", "-m", "dask", "scheduler", "--host", "127.0.0.1",
-                                    "--port", "0", "--no-dashboard", "--scheduler-file", tmp_path / "scheduler.json"))  # fmt: skip
+                                    "--port", "0", "--no-dashboard", "--scheduler-file", tmp_path / "scheduler.json"))
         address = eventually(lambda: scheduler_address(tmp_path), "the scheduler's start")
         _, killed, left = (
-            stack.enter_context(running(tmp_path / f"worker{number}.log", "evaluation/runner_dask.py", address,
+            stack.enter_context(running(tmp_path / f"worker{number}.log", "tools/run.py", "benchmarks.runner_dask", address,
                                         "--server", url))
             for number, url in enumerate((server_url, second, second))
-        )  # fmt: skip
+        )
         eventually(lambda: workers(address) == 3, "the workers' start")
         seen = {}
 
         def kill():
             """Half-way, when both servers have done some of the work."""
             done = eventually(lambda: len(lines(output)) >= HALF_WAY and ComfyClient(second).ask_json("/history"),
-                              "half of the work")  # fmt: skip
+                              "half of the work")
             killed.kill()
             server.kill()
             seen.update(done=len(lines(output)), by_second=len(done))
@@ -101,7 +101,7 @@ def test_a_lost_worker_and_server_lose_nothing(server_url, tmp_path, capsys):
         killer = threading.Thread(target=kill, daemon=True)
         killer.start()
         code = piebench_run.main(["--data", str(tmp_path / "data"), "--output", str(output), "--checkpoint", "demo",
-                                  "--scheduler", address, "--methods", METHOD, "--steps", "2"])  # fmt: skip
+                                  "--scheduler", address, "--methods", METHOD, "--steps", "2"])
         killer.join()
         assert seen["done"] < PICTURES - 2 and seen["by_second"] > 0
         assert code == 0, capsys.readouterr().out
@@ -118,4 +118,4 @@ def test_no_scheduler_is_a_sentence(tmp_path):
     write_folder(tmp_path / "data", 1, 64)
     with pytest.raises(ComfyError, match="No Dask scheduler answers at tcp://127.0.0.1:9 .*python -m dask scheduler"):
         piebench_run.main(["--data", str(tmp_path / "data"), "--output", str(tmp_path / "out"), "--checkpoint", "demo",
-                           "--scheduler", "tcp://127.0.0.1:9", "--methods", METHOD])  # fmt: skip
+                           "--scheduler", "tcp://127.0.0.1:9", "--methods", METHOD])

@@ -9,10 +9,10 @@ from comfyui_ledits.attention_hooks.controls.masactrl import MasaCtrl
 from comfyui_ledits.attention_hooks.controls.p2p import PromptToPrompt
 from comfyui_ledits.attention_hooks.controls.pix2pix_zero import Pix2PixZero
 from comfyui_ledits.attention_hooks.controls.pnp import PlugAndPlay
-from comfyui_ledits.nodes.capture import CaptureAttention
-from comfyui_ledits.nodes.pix2pix_zero import Pix2PixZeroNode
+from comfyui_ledits.nodes.capture_attention import CaptureAttention
+from comfyui_ledits.nodes.pix2pix_zero_edit import Pix2PixZeroNode
 from comfyui_ledits.samplers.ledits import LeditsSampler
-from comfyui_ledits.samplers.sega import Concept
+from comfyui_ledits.samplers.methods.sega import Concept
 
 import nodes
 

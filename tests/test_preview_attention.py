@@ -8,11 +8,11 @@ import pytest
 import tiny
 import torch
 from comfy_extras.nodes_custom_sampler import DisableNoise, SamplerCustomAdvanced
-from comfyui_ledits.attention_hooks.seen import Seen
-from comfyui_ledits.attention_hooks.tokens import Tokens, Word
-from comfyui_ledits.demo.client import ComfyClient
+from comfyui_ledits.attention_hooks.observed import Seen
+from comfyui_ledits.attention_hooks.text.tokens import Tokens, Word
 from comfyui_ledits.nodes import sampling, sockets
 from comfyui_ledits.nodes.preview import PreviewAttention, RecordAttention
+from comfyui_ledits.tools.api.client import ComfyClient
 from PIL import Image
 
 SOURCE, TARGET = "a cat sits on a sofa", "a dog sits on a sofa"
@@ -27,7 +27,7 @@ def by_hand(batch=1, steps=(0, 1, 2, 3), **masks):
     before, after = torch.full((batch, 2, 16, 16), 0.01), torch.full((batch, 2, 16, 16), 0.01)
     before[:, 1, 2:5, 2:5], after[:, 1, 11:14, 11:14] = 0.5, 0.5
     seen = Seen(len(steps), (128, 128), torch.zeros(batch, 4, 16, 16), (tokens("a cat"), tokens("a dog")),
-                {step: (before, after) for step in steps}, **masks)  # fmt: skip
+                {step: (before, after) for step in steps}, **masks)
     return {"samples": torch.zeros(batch, 4, 16, 16), sockets.SEEN: seen}
 
 
@@ -158,7 +158,7 @@ def test_in_a_server(server_url):
             "preview": node("LEDITS_PreviewAttention", latent=["edit", 0], words=words, view="by step"),
             "mask": node("MaskToImage", mask=["preview", 1]),
             "kept": node("PreviewImage", images=["mask", 0]),
-        } | more  # fmt: skip
+        } | more
 
     def run(*args, **more):
         outputs = client.run(graph(*args, **more))["outputs"]

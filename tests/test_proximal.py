@@ -12,10 +12,10 @@ from comfy_extras.nodes_custom_sampler import (
     RandomNoise,
     SamplerCustomAdvanced,
 )
-from comfyui_ledits.nodes.ddim import DirectInversion, ProximalGuidance, SDEditPath
-from comfyui_ledits.nodes.inversion import EditFriendlyInversion
+from comfyui_ledits.nodes.ddim_inversions import DirectInversion, ProximalGuidance, SDEditPath
+from comfyui_ledits.nodes.edit_friendly_inversion import EditFriendlyInversion
 from comfyui_ledits.nodes.sampling import LeditsKSampler
-from comfyui_ledits.samplers import proximal
+from comfyui_ledits.samplers.methods import proximal
 
 pytestmark = pytest.mark.usefixtures("inference_mode")
 model = functools.cache(tiny.model)

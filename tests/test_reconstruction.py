@@ -6,11 +6,11 @@ import reference
 import tiny
 import torch
 from comfy_extras.nodes_custom_sampler import DisableNoise, SamplerCustomAdvanced
-from comfyui_ledits.nodes.inversion import EditFriendlyInversion
-from comfyui_ledits.nodes.pack import PackInversion, UnpackInversion
+from comfyui_ledits.nodes.edit_friendly_inversion import EditFriendlyInversion
 from comfyui_ledits.nodes.sampling import LeditsGuiderNode, LeditsKSampler, LeditsSamplerNode
-from comfyui_ledits.samplers import edit_friendly
-from comfyui_ledits.samplers.inversion import Inversion
+from comfyui_ledits.nodes.unpack_pack import PackInversion, UnpackInversion
+from comfyui_ledits.samplers.methods import edit_friendly
+from comfyui_ledits.samplers.methods.record import Inversion
 
 pytestmark = pytest.mark.usefixtures("inference_mode")
 model = functools.cache(tiny.model)

@@ -10,12 +10,12 @@ from types import SimpleNamespace
 
 import comfyui_version
 import pytest
-import schema_snapshot
 from comfy_api.latest import io
 from comfyui_ledits import OLDEST_COMFYUI
 from comfyui_ledits.nodes import replacements
 from comfyui_ledits.nodes.extension import LeditsExtension
 from comfyui_ledits.nodes.sampling import LeditsKSampler
+from comfyui_ledits.tools import schema_snapshot
 
 import dev
 import nodes
@@ -64,7 +64,7 @@ BREAKS = {
     "output type": (DDIM, lambda inputs, node, all: node["outputs"].__setitem__(1, "IMAGE"), "outputs were"),
     "output order": (DDIM, lambda inputs, node, all: node["outputs"].reverse(), "outputs were"),
     "output gone": (DDIM, lambda inputs, node, all: node["outputs"].pop(), "outputs were"),
-}  # fmt: skip
+}
 ADDITIONS = {
     "node": (CONCEPT, lambda inputs, node, all: all.update(LEDITS_New=node), "LEDITS_New: a new node"),
     "input": (CONCEPT, lambda inputs, node, all: inputs.append({"id": "new", "type": "INT", "optional": True}), "input new is new"),
@@ -189,7 +189,7 @@ def test_a_prompt_with_a_renamed_node_runs_the_new_one(monkeypatch):
 
 @pytest.mark.skipif(not hasattr(io, "NodeReplace"), reason="this ComfyUI has no replacements")
 def test_a_replacement_lists_widgets_as_saved_workflows_do(monkeypatch):
-    from comfyui_ledits.nodes.inversion import EditFriendlyInversion
+    from comfyui_ledits.nodes.edit_friendly_inversion import EditFriendlyInversion
     manager = Replacements(monkeypatch).register(replacements.Rename("LEDITS_Old", EditFriendlyInversion))
     listed = manager.as_dict()["LEDITS_Old"][0]["old_widget_ids"]
     saved = json.loads(next((dev.ROOT / "example_workflows").glob("01 *.json")).read_text("utf-8"))

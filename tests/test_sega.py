@@ -8,11 +8,11 @@ import pytest
 import reference
 import tiny
 import torch
-from comfyui_ledits.nodes.concept import SemanticConcept
-from comfyui_ledits.nodes.inversion import EditFriendlyInversion
+from comfyui_ledits.nodes.edit_friendly_inversion import EditFriendlyInversion
 from comfyui_ledits.nodes.sampling import LeditsKSampler
+from comfyui_ledits.nodes.semantic_concept import SemanticConcept
 from comfyui_ledits.samplers.guider import LeditsGuider
-from comfyui_ledits.samplers.sega import Concept, Sega
+from comfyui_ledits.samplers.methods.sega import Concept, Sega
 
 pytestmark = pytest.mark.usefixtures("inference_mode")
 model = functools.cache(tiny.model)
@@ -44,7 +44,7 @@ def predictions(concepts, steps=9, shape=(2, 4, 5, 7)):
     """Noise predictions of a run: [steps, B, C, H, W], and [steps, concepts, B, C, H, W]."""
     generator = torch.Generator().manual_seed(0)
     return (torch.randn(steps, *shape, generator=generator),
-            torch.randn(steps, len(concepts), *shape, generator=generator))  # fmt: skip
+            torch.randn(steps, len(concepts), *shape, generator=generator))
 
 
 # --- the algorithm --------------------------------------------------------------------------------------------------
@@ -126,11 +126,11 @@ def pipeline():
     letters |= {f"{letter}</w>": i + len(letters) for i, letter in enumerate("abcdefghijklmnopqrstuvwxyz")}
     tokenizer = CLIPTokenizer(vocab=letters, merges=[], model_max_length=20)
     text = CLIPTextConfig(hidden_size=32, intermediate_size=37, num_attention_heads=4, num_hidden_layers=2,
-                          vocab_size=len(letters), max_position_embeddings=20, bos_token_id=0, eos_token_id=1)  # fmt: skip
+                          vocab_size=len(letters), max_position_embeddings=20, bos_token_id=0, eos_token_id=1)
     unet = diffusers.UNet2DConditionModel(
         sample_size=8, block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=32,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-    )  # fmt: skip
+    )
     vae = diffusers.AutoencoderKL(block_out_channels=(32,), latent_channels=4)
     scheduler = diffusers.DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False)
     with warnings.catch_warnings():
@@ -164,7 +164,7 @@ def test_a_whole_run_is_that_of_the_released_pipeline(pipeline, concepts, batch)
         reverse_editing_direction=[sign < 0 for sign in each("sign")], edit_guidance_scale=each("s_e"),
         edit_warmup_steps=each("delta"), edit_cooldown_steps=[99 if c is None else c for c in each("cooldown")],
         edit_threshold=each("lambda"), edit_weights=each("g"), edit_momentum_scale=0.3, edit_mom_beta=0.6,
-    )  # fmt: skip
+    )
     gamma = run(concepts, pipeline.uncond_estimates[:7], pipeline.edit_estimates[:7])
     assert gamma.abs().max() > 0.1
     torch.testing.assert_close(gamma, pipeline.sem_guidance[:7], rtol=1e-5, atol=1e-6)
@@ -265,7 +265,7 @@ def test_warmup_counts_the_steps_of_the_schedule_whatever_the_sampler_evaluates(
     latent = tiny.latent()["samples"]
     with tiny.Calls(model("sd1")) as calls:
         guider.sample(torch.randn(latent.shape, generator=torch.Generator().manual_seed(0)), latent,
-                      comfy.samplers.sampler_object(name), sigmas, disable_pbar=True, seed=0)  # fmt: skip
+                      comfy.samplers.sampler_object(name), sigmas, disable_pbar=True, seed=0)
     evaluated = calls.rows_of(TARGET)
     assert len(evaluated) >= (6 if name == "euler" else 11)
     levels = [float(sampling.timestep(s)) for s in sigmas[:-1]]
@@ -296,5 +296,5 @@ def test_heun_with_momentum_is_heun_on_the_reference():
 
     guider = LeditsGuider(model("sd1"), EMPTY, EMPTY, 1.0, [ours(settings, RED)])
     out = guider.sample(noise, torch.zeros(1, 4, 8, 8), comfy.samplers.sampler_object("heun"), sigmas.float(),
-                        disable_pbar=True, seed=0)  # fmt: skip
+                        disable_pbar=True, seed=0)
     torch.testing.assert_close(out, (y / tiny.scale("sd1")).float(), rtol=1e-3, atol=1e-3)

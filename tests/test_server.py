@@ -6,8 +6,8 @@ import time
 import pytest
 import safetensors.torch
 import torch
-from comfyui_ledits.demo.client import ComfyClient
 from comfyui_ledits.nodes.extension import LeditsExtension
+from comfyui_ledits.tools.api.client import ComfyClient
 from PIL import Image
 
 STEPS = 40

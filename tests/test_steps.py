@@ -3,7 +3,7 @@ import diffusers
 import pytest
 import reference
 import torch
-from comfyui_ledits.samplers.steps import second_order, ve_step
+from comfyui_ledits.samplers.methods.families import second_order, ve_step
 
 SHAPE = (2, 4, 5, 3)
 SCHEDULE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
@@ -72,7 +72,7 @@ def test_a_whole_run_of_the_second_order_is_that_of_diffusers_sde_dpm_solver(dra
     scheduler = diffusers.DPMSolverMultistepScheduler(
         **SCHEDULE, algorithm_type="sde-dpmsolver++", solver_order=2, solver_type="midpoint", timestep_spacing="trailing",
         final_sigmas_type=end, lower_order_final=False,
-    )  # fmt: skip
+    )
     scheduler.set_timesteps(12)
     sigmas = scheduler.sigmas.double()
     x = draw() * sigmas[0]

@@ -13,8 +13,8 @@ import torch
 from comfyui_ledits.attention_hooks.controls.masactrl import MasaCtrl
 from comfyui_ledits.attention_hooks.controls.p2p import PromptToPrompt
 from comfyui_ledits.attention_hooks.controls.pnp import PlugAndPlay
-from comfyui_ledits.samplers import store_file
-from comfyui_ledits.samplers.capture import CaptureSampler
+from comfyui_ledits.files import store_file
+from comfyui_ledits.samplers.capture_sampler import CaptureSampler
 from comfyui_ledits.samplers.guider import LeditsGuider
 from safetensors import safe_open
 from stores import by_hand, same
@@ -217,7 +217,7 @@ REFUSED = {  # name: (what to do to the file, words of the refusal)
     "rank": (lambda raw: change(raw, item(KEY, "shape", [4, 7, 6])), "not what its name promises"),
     "pictures": (lambda raw: change(raw, item(KEY, "shape", [4, 7, 1, 6])), "different numbers of pictures"),
     "offset beyond": (lambda raw: change(raw, item(KEY, "data_offsets", [0, 2**62]), sign=False), "outside of the file"),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -236,7 +236,7 @@ def test_it_is_refused_with_a_sentence(tmp_path, raw, name):
         store_file.load(path)
     assert words in str(error.value) and len(str(error.value)) < 300
     assert str(error.value).endswith((". Choose a file that Save Attention Store has written, or capture again.",
-                                      ": update the pack to load it."))  # fmt: skip
+                                      ": update the pack to load it."))
     if name in ("other numbers", "NaN"):
         store_file.check(path)
     else:  # told from the header alone

@@ -8,10 +8,10 @@ import comfy.model_management
 import pytest
 import safetensors.torch
 import torch
-from comfyui_ledits.demo.client import ComfyClient
-from comfyui_ledits.nodes import files
+from comfyui_ledits.files import inversion_file, store_file
+from comfyui_ledits.nodes import inversion_files
 from comfyui_ledits.nodes.store_files import LoadAttentionStore, SaveAttentionStore
-from comfyui_ledits.samplers import inversion_file, store_file
+from comfyui_ledits.tools.api.client import ComfyClient
 from records import record, saved
 from stores import by_hand, same
 
@@ -46,14 +46,14 @@ def test_the_pickers_tell_stores_and_inversions_apart(folders, raw):
     os.utime(into / "mine.safetensors", (1, 1))
     one = f"deep/er/one_00001_{store_file.KIND.suffix} [output]"
     assert LoadAttentionStore.INPUT_TYPES()["required"]["file"][1]["options"] == [one, "mine.safetensors"]
-    assert files.found(inversion_file.KIND) == ["path.safetensors"]
+    assert inversion_files.found(inversion_file.KIND) == ["path.safetensors"]
     before = LoadAttentionStore.fingerprint_inputs("mine.safetensors")
     os.utime(into / "mine.safetensors", (2, 2))
     assert LoadAttentionStore.fingerprint_inputs("mine.safetensors") != before
 
 
 @pytest.mark.parametrize("name", ["../x.safetensors", "{secret}", "link.safetensors", "gone.safetensors", "C:/x.safetensors",
-                                  "x.safetensors [temp]", "folder/x.safetensors [output]"])  # fmt: skip
+                                  "x.safetensors [temp]", "folder/x.safetensors [output]"])
 def test_nothing_outside_of_the_folders_is_loaded(folders, raw, tmp_path, name):
     secret = tmp_path / "secret" / "x.safetensors"
     secret.parent.mkdir()
@@ -118,13 +118,13 @@ def test_in_a_server(server_url):
             "edit": node("LEDITS_KSampler", model=["model", 0], positive=["words", 1], negative=["empty", 0], cfg=3.0, skip=1,
                          inversion=["inversion", 0], attention=["p2p", 0], store=store),
             "kept": node("SaveLatent", samples=["edit", 0], filename_prefix="x"),
-        } | more  # fmt: skip
+        } | more
 
     def latent(entry):
         return safetensors.torch.load(client.fetch(entry["outputs"]["kept"]["latents"][0]))["latent_tensor"]
 
     captured = node("LEDITS_CaptureAttention", model=["model", 0], negative=["empty", 0], inversion=["inversion", 0],
-                    attention=["p2p", 0], skip=1)  # fmt: skip
+                    attention=["p2p", 0], skip=1)
     save = node("LEDITS_SaveAttentionStore", store=["captured", 0], filename_prefix="attention/demo", dtype="as captured")
     direct = client.run(graph(0x3070C0, ["captured", 0], captured=captured, save=save))
     assert direct["outputs"]["save"]["text"][0].startswith(f"attention/demo_00001_{store_file.KIND.suffix}\n")

@@ -9,7 +9,7 @@ import torch
 from comfyui_ledits.attention_hooks.controls.p2p import PromptToPrompt
 from comfyui_ledits.attention_hooks.controls.pnp import PlugAndPlay
 from comfyui_ledits.attention_hooks.store import AttentionStore
-from comfyui_ledits.samplers import store_file
+from comfyui_ledits.files import store_file
 from test_attention_store import capture
 
 SOURCE, TARGET = "a cat sits on a sofa", "a dog sits on a sofa"
@@ -47,7 +47,7 @@ SLOTS = [f"attn1/{BLOCK}/q", f"attn1/{BLOCK}/k", f"attn2/{BLOCK}/q", f"attn2/{BL
 
 @pytest.mark.parametrize(("slot", "wrong"), [
     *itertools.product(SLOTS, ["narrow", "one picture", "flat"]), (f"attn2/{BLOCK}/k", "a word less"),
-])  # fmt: skip
+])
 def test_other_widths_pictures_and_words_are_refused_before_the_model_runs(scene, slot, wrong):
     """The picture, model and prompt are the right ones, so that nothing else speaks against the store."""
     edit, model, store = scene

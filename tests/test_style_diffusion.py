@@ -10,10 +10,11 @@ import pytest
 import reference
 import tiny
 import torch
-from comfyui_ledits.nodes.gradient import ON_INTERRUPT, StyleDiffusionInversion
+from comfyui_ledits.nodes.learned_inversions import ON_INTERRUPT, StyleDiffusionInversion
 from comfyui_ledits.nodes.sampling import LeditsKSampler
-from comfyui_ledits.samplers import attention_taps, style_diffusion
+from comfyui_ledits.samplers import attention_taps
 from comfyui_ledits.samplers.guider import LeditsGuider
+from comfyui_ledits.samplers.methods import style_diffusion
 
 pytestmark = pytest.mark.usefixtures("inference_mode")
 SOURCE, EMPTY, CFG = 1, 2, 7.5
@@ -38,7 +39,7 @@ def invert(kind="sd1", batch=1, steps=3, first_steps=3, attention_loss=1.0, tau_
     return StyleDiffusionInversion.execute(
         model(kind), *prompts(kind), latent or tiny.latent(kind, batch), CFG, steps, "ddim_uniform", first_steps,
         attention_loss, tau_v, 0.01, 1e-5, ON_INTERRUPT[0], **more,
-    )  # fmt: skip
+    )
 
 
 def edit(inversion, kind="sd1", positive=None):
@@ -198,7 +199,7 @@ def test_the_mapping_network_has_the_papers_size_and_begins_as_the_plain_prompt(
 def clip_vision(tmp_path):
     config = {"hidden_size": 48, "image_size": 32, "intermediate_size": 64, "layer_norm_eps": 1e-5, "num_channels": 3,
               "hidden_act": "quick_gelu", "num_attention_heads": 2, "num_hidden_layers": 3, "patch_size": 16,
-              "projection_dim": 16, "model_type": "clip_vision_model"}  # fmt: skip
+              "projection_dim": 16, "model_type": "clip_vision_model"}
     (tmp_path / "vision.json").write_text(json.dumps(config))
     encoder = comfy.clip_vision.ClipVisionModel(str(tmp_path / "vision.json"))
     tiny.fill(encoder.model, 3)
@@ -230,7 +231,7 @@ def test_patches_of_others_still_run_and_nothing_is_left():
         )
     before = repr(patched.model_options)
     StyleDiffusionInversion.execute(patched, *prompts(), tiny.latent(), CFG, 2, "ddim_uniform", 1, 1.0, 1.0, 0.01, 1e-5,
-                                    ON_INTERRUPT[0])  # fmt: skip
+                                    ON_INTERRUPT[0])
     assert "replaced" in calls and len(calls) > 2 and repr(patched.model_options) == before
     left = [n for n, m in plain.model.named_modules() if getattr(m, "weight_function", None) or "forward" in vars(m)]
     assert not left

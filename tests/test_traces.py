@@ -4,9 +4,9 @@ import comfy.utils
 import pytest
 import tiny
 import torch
-from comfyui_ledits.nodes.inversion import EditFriendlyInversion
+from comfyui_ledits.nodes.edit_friendly_inversion import EditFriendlyInversion
 from comfyui_ledits.nodes.sampling import LeditsGuiderNode, LeditsKSampler, LeditsSamplerNode
-from comfyui_ledits.samplers.sega import Concept
+from comfyui_ledits.samplers.methods.sega import Concept
 
 import nodes
 
@@ -42,7 +42,7 @@ def snapshot(thing):
 def state(model):
     """All that others can set on a MODEL and its network."""
     names = ("model_options", "patches", "object_patches", "wrappers", "callbacks", "injections", "attachments",
-             "additional_models", "hook_patches", "weight_wrapper_patches", "hook_mode")  # fmt: skip
+             "additional_models", "hook_patches", "weight_wrapper_patches", "hook_mode")
     network = model.model.diffusion_model
     return {
         "patcher": {name: snapshot(getattr(model, name)) for name in names},

@@ -4,14 +4,13 @@ import re
 import urllib.request
 
 import pytest
-import schema_snapshot
-import translations
+from comfyui_ledits.tools import schema_snapshot, translations
 
 import dev
 
 TEXTS = translations.english(schema_snapshot.node_infos())
 LANGUAGES = translations.languages()
-REFRESH = "Run `python tests/translations.py`, translate what is empty in locales/{}/phrases.json, and run it again:"
+REFRESH = "Run `python dev.py translations`, translate what is empty in locales/{}/phrases.json, and run it again:"
 MAIN_PAGES = ("EditFriendlyInversion", "DDIMInversion", "DirectInversion", "NullTextInversion", "SemanticConcept",
               "EditPrompts", "PromptToPrompt", "MasaCtrl", "PlugAndPlay", "KSampler")
 

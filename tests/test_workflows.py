@@ -7,7 +7,7 @@ import re
 from urllib.parse import quote
 
 import pytest
-from comfyui_ledits.demo import workflow
+from comfyui_ledits.tools.api import workflow
 from PIL import Image
 
 import dev
@@ -113,7 +113,7 @@ def test_the_prompt_is_what_the_file_says(path, object_info):
         # the editor itself writes the names of widgets beside their values, and the links
         shown = [i["name"] for i in slots if "widget" in i and i["name"] != "upload"]
         values = dict(zip(shown, (v for v in by_id[key].get("widgets_values", []) if v not in ("fixed", "randomize", "image")),
-                          strict=True))  # fmt: skip
+                          strict=True))
         wires = {link[0]: link for link in file["links"]}
         linked = {i["name"]: [str(wires[i["link"]][1]), wires[i["link"]][2]] for i in slots if i["link"] is not None}
         told = values | linked
@@ -150,7 +150,7 @@ def test_the_layout_is_tidy(path):
     """Sizes are those of the editor's canvas when the file was saved."""
     file = workflow.read(path)
     boxes = {n["id"]: (n["pos"][0], n["pos"][1] - TITLE, n["pos"][0] + n["size"][0], n["pos"][1] + n["size"][1])
-             for n in file["nodes"]}  # fmt: skip
+             for n in file["nodes"]}
     for a, b in itertools.combinations(boxes.values(), 2):
         assert not (a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3])
     groups = [(x, y, x + w, y + h) for x, y, w, h in (group["bounding"] for group in file["groups"])]
@@ -214,10 +214,10 @@ def test_blueprints_do_the_job_in_one_node(path, client, object_info):
     sources = [("LEDITS_LoadDemoModel", []), ("LEDITS_LoadDemoPicture", ["red_star"])]
     for number, (kind, values) in enumerate(sources, 101):
         outputs = [{"name": name, "type": wire} for name, wire in
-                   zip(object_info[kind]["output_name"], object_info[kind]["output"])]  # fmt: skip
+                   zip(object_info[kind]["output_name"], object_info[kind]["output"])]
         file["nodes"].append({"id": number, "type": kind, "inputs": [], "outputs": outputs, "widgets_values": values})
     file["nodes"].append({"id": 103, "type": "SaveImage", "inputs": [{"name": "images", "type": "IMAGE", "link": 5}],
-                          "widgets_values": ["blueprint"]})  # fmt: skip
+                          "widgets_values": ["blueprint"]})
     places = {"model": (101, 0), "clip": (101, 1), "vae": (101, 2), "image": (102, 0)}
     file["links"] = [[5, node["id"], 0, 103, 0, "IMAGE"]]
     for number, slot in enumerate(node["inputs"][:4], 1):

@@ -23,14 +23,14 @@ UNET = {
     "transformer_depth_output": [1, 1, 1, 1], "context_dim": CONTEXT, "num_heads": 2, "num_head_channels": -1,
     "use_spatial_transformer": True, "use_linear_in_transformer": False, "adm_in_channels": None,
     "use_temporal_attention": False, "legacy": False, "dtype": torch.float32,
-}  # fmt: skip
+}
 # SD 1 has attention at every level but the last. SD 2 has linear projections, and heads by width. SDXL has no attention
 # at the first level, two layers of it below, and a vector of pooled text and sizes.
 SD2 = {"num_heads": -1, "num_head_channels": 16, "use_linear_in_transformer": True}
 SDXL = {**SD2, "transformer_depth": [0, 2], "transformer_depth_middle": 2, "transformer_depth_output": [2, 2, 0, 0],
-        "num_classes": "sequential", "adm_in_channels": POOLED + 6 * 256}  # fmt: skip
+        "num_classes": "sequential", "adm_in_channels": POOLED + 6 * 256}
 NO_ATTENTION = {"channel_mult": [1], "num_res_blocks": [1], "transformer_depth": [0], "transformer_depth_output": [0, 0],
-                "transformer_depth_middle": -2}  # fmt: skip
+                "transformer_depth_middle": -2}
 TYPES = comfy.model_base.ModelType
 # kind: (checkpoint family, model class, type of prediction, changes to UNET)
 KINDS = {

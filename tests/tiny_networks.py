@@ -37,7 +37,7 @@ def write(folder):
             state = getattr(torchvision.models, name)(weights=None).state_dict()
             (folder / name).mkdir()
             safetensors.torch.save_file({k: v for k, v in state.items() if k.startswith("features")},
-                                        folder / name / "model.safetensors")  # fmt: skip
+                                        folder / name / "model.safetensors")
     return folder
 
 

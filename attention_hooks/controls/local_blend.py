@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from ..align import columns
+from ..text.align import columns
 
 
 @dataclass(frozen=True)

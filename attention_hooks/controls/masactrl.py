@@ -6,8 +6,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..align import columns
 from ..edits import COND, NEGATIVE, Bound, Control, SelfEdit, in_window
+from ..text.align import columns
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class MasaCtrl(Control):
             raise ValueError("MasaCtrl needs the prompts of Edit Prompts to find source_words and target_words in.")
         if worded:
             for tokens, words in ((self.prompts.source_tokens, self.source_words),
-                                  (self.prompts.target_tokens, self.target_words)):  # fmt: skip
+                                  (self.prompts.target_tokens, self.target_words)):
                 for word in words:
                     tokens.find(word)
 
@@ -66,7 +66,7 @@ class _Bound(Bound):
         if self.reads_words:
             self.map_layers = setting.layers(control.map_blocks)
             self.columns = (columns(control.prompts.source_tokens, control.source_words)[:, None],
-                            columns(control.prompts.target_tokens, control.target_words)[:, None])  # fmt: skip
+                            columns(control.prompts.target_tokens, control.target_words)[:, None])
         self._maps, self._step, self._masks = {}, None, {}
 
     def self_edit(self, step, layer, branch):

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from ..align import equalizer, word_schedule
 from ..edits import COND, NEGATIVE, SOURCE, Bound, Control, CrossEdit, SelfEdit, in_window
+from ..text.align import equalizer, word_schedule
 from .local_blend import LocalBlend
 
 

@@ -19,7 +19,7 @@ import dev
 sys.path.append(str(Path(__file__).parent))
 
 import chromium
-from comfyui_ledits.demo import workflow as workflows
+from comfyui_ledits.tools.api import workflow as workflows
 
 WORKFLOWS = sorted((dev.ROOT / "example_workflows").glob("*.json"))
 BLUEPRINTS = sorted((dev.ROOT / "subgraphs").glob("*.json"))

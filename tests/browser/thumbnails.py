@@ -19,9 +19,9 @@ from PIL import Image, ImageDraw, ImageFont
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import chromium
-
-from demo import sheet, workflow
-from demo.client import ComfyClient
+from comfyui_ledits.tools import contact_sheet
+from comfyui_ledits.tools.api import workflow
+from comfyui_ledits.tools.api.client import ComfyClient
 
 ROOT = Path(sys.path[0])
 HELP = ROOT / "web" / "docs"
@@ -161,7 +161,7 @@ def main(url, *numbers):
     if len(cells) < 4:
         return
     heads = ["source", "reconstruction", "concept alone", "prompt and concept"]
-    sheet.draw(heads, [[("", picture) if text in heads else (text, picture) for text, picture in cells]]).save(
+    contact_sheet.draw(heads, [[("", picture) if text in heads else (text, picture) for text, picture in cells]]).save(
         ROOT / "web" / "images" / "edit.jpg", quality=88)
 
 

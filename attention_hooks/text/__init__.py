@@ -1,0 +1,1 @@
+"""Words: tokens of a prompt, their alignment, edit directions."""

@@ -1,0 +1,276 @@
+"""An `Inversion` as a file: safetensors with a versioned header.
+
+    metadata   format, version, dtype, method, family, model: words
+               latent_format, settings, rounding: JSON
+               source_prompt: where it is known
+               source_sha256: of the encoded picture `latents[-1]` in float32
+               sha256: of all tensors as they are stored, in the order of their names
+    tensors    sigmas [N + 1] and etas [N] in float32;
+               latents [N + 1, B, C, H, W], residuals [N, B, C, H, W] where there are any, overrides.<name>
+
+Version 1 is the only one so far. A reader refuses what a later one may mean differently.
+"""
+
+import hashlib
+import json
+import math
+import os
+
+import safetensors.torch
+import torch
+
+from ..samplers.methods.families import FAMILIES
+from ..samplers.methods.record import Inversion, check_sigmas
+from .file_kind import FileKind
+from .tensor_file import HEADER_LIMIT, parse
+
+KIND = FileKind(
+    "ledits-inversion", 1, ".ledits.safetensors", "inversion", "a checkpoint or LoRA",
+    "Choose a file that Save Inversion has written, or invert the picture again.",
+)
+STEP_LIMIT = 10_000
+_WORDS = ("method", "family", "model")
+_RANKS = {"negative": 4, "negative_pooled": 2, "value": 5}  # of what an inversion may prescribe, `Inversion.overrides`
+
+
+def save(path, inversion, latent_format, half=False):
+    """Write an inversion. The file is complete or not there at all.
+
+    Args:
+        path: of the file; one of this name is replaced.
+        inversion: the record. `settings["source_prompt"]`, if there, goes into the header under its own name.
+        latent_format: plain values that the caller can make `inversion.latent_format` from again.
+        half: float16 for everything but sigmas and etas, which halves the size.
+
+    Returns:
+        None, or with `half` what it costs, see `rounding`.
+
+    Raises:
+        ValueError: float16 cannot hold the numbers, or the settings are too long.
+        OSError: the file cannot be written.
+    """
+    own = {"latents": inversion.latents, "residuals": inversion.residuals}
+    own |= {f"overrides.{name}": value for name, value in inversion.overrides.items()}
+    # clone: safetensors refuses tensors that share memory, as an expanded embedding does
+    exact = {name: _plain(value) for name, value in own.items() if value is not None}
+    stored, cost = exact, None
+    if half:
+        stored = {name: value.half() for name, value in exact.items()}
+        if not all(torch.isfinite(value).all() for value in stored.values()):
+            raise ValueError("This inversion holds numbers above 65504, too large for float16: save it as float32.")
+        cost = rounding(inversion, stored)
+    stored |= {"sigmas": _plain(inversion.sigmas), "etas": _plain(inversion.etas)}
+    settings = {k: v for k, v in inversion.settings.items() if k != "source_prompt"}
+    metadata = KIND.metadata | {"dtype": "float16" if half else "float32"}
+    metadata |= {name: str(getattr(inversion, name)) for name in _WORDS}
+    metadata |= {"latent_format": _json(latent_format), "settings": _json(settings), "sha256": _digest(stored),
+                 "source_sha256": source_hash(inversion)}
+    if inversion.settings.get("source_prompt"):
+        metadata["source_prompt"] = str(inversion.settings["source_prompt"])
+    if cost is not None:
+        metadata["rounding"] = _json(cost)
+    if len(json.dumps(metadata)) > HEADER_LIMIT // 2:
+        raise ValueError("The prompt or the settings of this inversion are too long to be stored: shorten the prompt.")
+    part = f"{path}.part"
+    try:
+        safetensors.torch.save_file(stored, part, metadata)
+        os.replace(part, path)
+    finally:
+        if os.path.exists(part):
+            os.remove(part)
+    return cost
+
+
+def load(path, make_latent_format):
+    """Read an inversion. Allocates no more than the record itself, and nothing of its size for a file it refuses early.
+
+    Args:
+        path: of the file.
+        make_latent_format: from the plain values given to `save`, to a latent format; ValueError where it cannot.
+
+    Returns:
+        Inversion, float32 on the CPU. Its settings hold "source_prompt" where the file does, and "float16" with the
+        cost where it was rounded.
+
+    Raises:
+        ValueError: a sentence that says what is wrong with the file.
+    """
+    with KIND.refusals(path), KIND.open(path) as file:
+        words, entries, settings, latent_format = _header(file, make_latent_format)
+        digest = hashlib.sha256()
+        tensors = {}
+        for name in sorted(entries):
+            _describe_to(digest, name, entries[name].dtype, entries[name].shape)
+            tensors[name] = file.read(entries[name], digest)
+        if digest.hexdigest() != words["sha256"]:
+            raise ValueError("its numbers are not those that were saved: it is damaged")
+        _check_levels(tensors["sigmas"], tensors["etas"])
+        overrides = {n.removeprefix("overrides."): t for n, t in tensors.items() if n.startswith("overrides.")}
+        return Inversion(
+            tensors["sigmas"], tensors["latents"], tensors.get("residuals"), tensors["etas"], words["family"],
+            words["model"], words["method"], settings, overrides, latent_format,
+        )
+
+
+def check(path, make_latent_format):
+    """Refuse a file as `load` does, but from its header alone: its numbers are not read."""
+    with KIND.refusals(path), KIND.open(path) as file:
+        _header(file, make_latent_format)
+
+
+def _header(file, make_latent_format):
+    """What a file says about itself, checked: metadata, entries, settings, latent format."""
+    words = _words(file)
+    entries = file.entries()
+    _check_shapes(entries, words["dtype"])
+    return words, entries, _settings(words), _latent_format(words, entries["latents"].shape[2], make_latent_format)
+
+
+def source_hash(inversion):
+    """SHA-256 of the encoded picture in float32, equal for all inversions of one picture by one VAE."""
+    return hashlib.sha256(_plain(inversion.latents[-1]).numpy()).hexdigest()
+
+
+def rounding(inversion, stored):
+    """What it costs to store an inversion as `stored`, predictions of the model held fixed.
+
+    The update is linear, so the error of a replay follows `e_{i+1} = keep * e_i + (R~_i - R_i)`, `e_0 = y~_0 - y_0`.
+
+    Args:
+        stored: {"latents", "residuals", "overrides.*"}, rounded.
+
+    Returns:
+        {"path", "noise_maps", "embeddings", "picture"}, those that there are: each {"abs": largest error, "rel":
+        largest error relative to the RMS of the level it is in}. "picture" is the last latent of a replay; of a path
+        without noise maps, the stored picture itself.
+    """
+    out = {"path": _worst(stored["latents"], inversion.latents)}
+    error = stored["latents"][-1].double() - inversion.latents[-1]
+    if inversion.residuals is not None:
+        out["noise_maps"] = _worst(stored["residuals"], inversion.residuals)
+        error = stored["latents"][0].double() - inversion.latents[0]
+        for i in range(inversion.steps):
+            error = inversion.step(i).keep * error + (stored["residuals"][i].double() - inversion.residuals[i])
+    embeddings = [_worst(stored[f"overrides.{n}"], value) for n, value in inversion.overrides.items()]
+    if embeddings:
+        out["embeddings"] = {key: max(e[key] for e in embeddings) for key in ("abs", "rel")}
+    out["picture"] = _size(error, inversion.latents[-1])
+    return out
+
+
+def _worst(stored, exact):
+    each = [_size(a.double() - b, b) for a, b in zip(stored, exact)]
+    return {key: max(e[key] for e in each) for key in ("abs", "rel")}
+
+
+def _size(error, exact):
+    largest, rms = float(error.abs().max()), float(exact.double().square().mean().sqrt())
+    return {"abs": largest, "rel": largest / rms if rms else 0.0}
+
+
+def _words(file):
+    """The metadata of an inversion, checked as far as they do not depend on the tensors."""
+    words = file.metadata
+    KIND.check_version(words)
+    missing = [n for n in (*_WORDS, "dtype", "latent_format", "settings", "sha256") if n not in words]
+    if missing:
+        raise ValueError(f"its header lacks '{missing[0]}'")
+    if not all(words[n].isprintable() and 0 < len(words[n]) <= 500 for n in _WORDS):
+        raise ValueError("its header does not say in plain words what made it")
+    if words["family"] not in FAMILIES:
+        raise ValueError("it is of a family of models that this version does not know")
+    if words["dtype"] not in ("float32", "float16"):
+        raise ValueError("its numbers are neither float32 nor float16")
+    return words
+
+
+def _settings(words):
+    settings = parse(words["settings"], "settings")
+    if not isinstance(settings, dict):
+        raise ValueError("its settings cannot be read")
+    own = {"source_prompt": words["source_prompt"]} if "source_prompt" in words else {}
+    if words["dtype"] == "float16" and "rounding" in words:
+        own["float16"] = parse(words["rounding"], "header")
+    return {k: v for k, v in settings.items() if k != "source_prompt"} | own
+
+
+def _latent_format(words, channels, make):
+    latent_format = make(parse(words["latent_format"], "latent format"))
+    if getattr(latent_format, "latent_channels", channels) != channels:
+        raise ValueError(f"its latents have {channels} channels, its latent format {latent_format.latent_channels}")
+    return latent_format
+
+
+def _check_shapes(entries, dtype):
+    """That the tensors of a file are those of an inversion, and fit each other."""
+    missing = [name for name in ("sigmas", "etas", "latents") if name not in entries]
+    if missing:
+        raise ValueError(f"its tensor '{missing[0]}' is missing")
+    for name, entry in entries.items():
+        wanted = "F32" if name in ("sigmas", "etas") or dtype == "float32" else "F16"
+        if entry.dtype != wanted:
+            raise ValueError(f"its tensor {name[:80]!r} is {entry.dtype} where {wanted} is expected")
+    path = entries["latents"].shape
+    if len(path) != 5 or not 2 <= path[0] <= STEP_LIMIT + 1:
+        raise ValueError(f"its path has the shape {list(path)}, not levels x pictures x channels x height x width")
+    steps, pictures = path[0] - 1, path[1]
+    expected = {"sigmas": (steps + 1,), "etas": (steps,), "latents": path, "residuals": (steps, *path[1:])}
+    for name, entry in entries.items():
+        kind = name.removeprefix("overrides.")
+        if name in expected:
+            fits = entry.shape == expected[name]
+        elif name == kind or kind not in _RANKS:
+            raise ValueError(f"it holds {name[:80]!r}, which this version cannot apply (update the pack if it is newer)")
+        else:
+            fits = len(entry.shape) == _RANKS[kind] and _embedding_fits(kind, entry.shape, steps, pictures)
+        if not fits:
+            raise ValueError(f"its tensor '{name}' has the shape {list(entry.shape)}, which does not fit its path")
+
+
+def _embedding_fits(kind, shape, steps, pictures):
+    if kind == "negative_pooled":
+        return shape[0] in (1, pictures)
+    if kind == "value":
+        return shape[0] <= steps and shape[1] in (1, pictures) and shape[2] == 2
+    return shape[0] in (1, steps) and shape[1] in (1, pictures)
+
+
+def _check_levels(sigmas, etas):
+    try:
+        check_sigmas(sigmas)
+    except ValueError:
+        raise ValueError("its noise levels do not fall from step to step") from None
+    if etas.min() < 0 or etas.max() > 1:
+        raise ValueError("its share of noise (eta) is not between 0 and 1")
+
+
+def _plain(tensor):
+    return tensor.detach().to("cpu", torch.float32).clone(memory_format=torch.contiguous_format)
+
+
+def _digest(tensors):
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name]
+        _describe_to(digest, name, {torch.float32: "F32", torch.float16: "F16"}[value.dtype], tuple(value.shape))
+        digest.update(value.numpy())
+    return digest.hexdigest()
+
+
+def _describe_to(digest, name, dtype, shape):
+    digest.update(f"{name} {dtype} {list(shape)}\n".encode())
+
+
+def _json(value):
+    return json.dumps(_values(value), ensure_ascii=True, allow_nan=False)
+
+
+def _values(value):
+    """What JSON can hold. Numbers that are not finite become None."""
+    if isinstance(value, dict):
+        return {str(k): _values(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_values(v) for v in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, (str, int)) else str(value)

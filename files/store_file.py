@@ -1,0 +1,214 @@
+"""A kept `AttentionStore` as a file: safetensors with a versioned header.
+
+    metadata   format, version, dtype (of what was captured), model: words
+               path: fingerprint of the path it was captured from
+               sha256: of all tensors as they are stored, in the order of their names
+    tensors    <branch>/<site>/<layer>/<name>/<steps> [steps, B, ...], such as source/attn2/input.4.0/q/0-18,20: what
+               was captured at one place, at steps 0 to 18 and 20 of the path;
+               about/<branch> [1 or B, tokens, width] in float32: the source prompts it was captured with
+
+Written and read piece by piece, as stored: a store may take most of the memory. Version 1 is the only one so far.
+"""
+
+import hashlib
+import json
+import os
+import re
+import struct
+
+import torch
+
+from ..attention_hooks.store import AttentionStore, Origin
+from .file_kind import FileKind
+from .inversion_file import STEP_LIMIT
+
+KIND = FileKind(
+    "ledits-attention-store", 1, ".ledits-store.safetensors", "attention store", "an inversion or a checkpoint",
+    "Choose a file that Save Attention Store has written, or capture again.",
+    # What all controls together read of SDXL's 70 layers has 600 names, and a header of 80 kB.
+    header_limit=128 * 1024, tensor_limit=1024,
+)
+_NUMBER = "(?:0|[1-9][0-9]{0,3})"
+_LAYER = rf"(?:input|middle|output)\.{_NUMBER}\.{_NUMBER}"
+_SLOT = re.compile(rf"(source|negative)/(?:attn[12]/{_LAYER}/[qkv]|feature/{_LAYER}/h)")
+_STEPS = re.compile(rf"{_NUMBER}(?:-{_NUMBER})?(?:,{_NUMBER}(?:-{_NUMBER})?)*")
+_ABOUT = "about/"
+
+
+def nbytes(store, half=False):
+    """Size of the numbers that `save` writes."""
+    return sum(t.numel() * _dtype(store, half).itemsize for t in store.tensors().values())
+
+
+def save(path, store, half=False):
+    """Write a store. The file is complete or not there at all.
+
+    Args:
+        path: of the file; one of this name is replaced.
+        store: one that Capture Attention made: not empty, with an origin.
+        half: float16 also for what was captured in float32.
+
+    Raises:
+        ValueError: numbers that are not finite, or more names than a file may have.
+        OSError: the file cannot be written.
+    """
+    dtype = _dtype(store, half)
+    parts = {_ABOUT + branch: ([words], torch.float32, words.shape) for branch, words in store.origin.prompts.items()}
+    for slot, steps in _by_slot(store).items():
+        shape = (len(steps), *next(iter(steps.values())).shape)
+        parts[f"{slot}/{_text(sorted(steps))}"] = [steps[step] for step in sorted(steps)], dtype, shape
+    entries, end = {}, 0
+    for name in sorted(parts):  # the prompts' float32 first, so that all numbers are aligned
+        _, its, shape = parts[name]
+        begin, end = end, end + torch.Size(shape).numel() * its.itemsize
+        entries[name] = {"dtype": _NAMES[its], "shape": list(shape), "data_offsets": [begin, end]}
+    words = KIND.metadata | {"dtype": str(dtype).removeprefix("torch."),
+             "model": store.origin.model, "path": store.origin.path}
+    part = f"{path}.part"
+    try:
+        with open(part, "wb") as file:
+            file.write(_head(words, entries, "0" * 64))
+            sha256 = _write(file, parts)
+            file.seek(0)
+            file.write(_head(words, entries, sha256))
+        os.replace(part, path)
+    finally:
+        if os.path.exists(part):
+            os.remove(part)
+
+
+_NAMES = {torch.float32: "F32", torch.float16: "F16"}
+
+
+def _head(words, entries, sha256):
+    """The beginning of the file; of the same length whatever the checksum."""
+    text = json.dumps({"__metadata__": words | {"sha256": sha256}, **entries}, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    if len(text) > KIND.header_limit or len(entries) > KIND.tensor_limit:
+        raise ValueError("This store holds too many layers and windows to be saved: capture it for fewer controls or blocks.")
+    return struct.pack("<Q", len(text)) + text
+
+
+def _write(file, parts):
+    """Write the numbers in the order of their names; returns their checksum."""
+    digest = hashlib.sha256()
+    for name in sorted(parts):
+        tensors, dtype, shape = parts[name]
+        _describe_to(digest, name, _NAMES[dtype], shape)
+        for tensor in tensors:
+            numbers = tensor.detach().to("cpu", dtype).contiguous()
+            if not torch.isfinite(numbers).all():
+                raise ValueError(
+                    "This store holds numbers that float16 cannot hold (above 65504) or that are no numbers: capture and "
+                    "save it as float32."
+                )
+            digest.update(numbers.numpy())
+            file.write(numbers.numpy())
+    return digest.hexdigest()
+
+
+def load(path):
+    """Read a store. Allocates no more than its numbers, and nothing of their size for a file that is refused early.
+
+    Returns:
+        AttentionStore in host memory, float16 where the file is.
+
+    Raises:
+        ValueError: a sentence that says what is wrong with the file.
+    """
+    with KIND.refusals(path), KIND.open(path) as file:
+        words, entries, steps = _header(file)
+        digest, tensors = hashlib.sha256(), {}
+        for name in sorted(entries):
+            _describe_to(digest, name, entries[name].dtype, entries[name].shape)
+            tensors[name] = file.read(entries[name], digest, as_stored=True)
+        if digest.hexdigest() != words["sha256"]:
+            raise ValueError("its numbers are not those that were saved: it is damaged")
+    prompts = {name.removeprefix(_ABOUT): t for name, t in tensors.items() if name.startswith(_ABOUT)}
+    store = AttentionStore(origin=Origin(words["path"], words["model"], prompts))
+    for name, own in steps.items():
+        for step, tensor in zip(own, tensors[name]):
+            store.add_named(f"{step}/{name.rpartition('/')[0]}", tensor)
+    return store
+
+
+def check(path):
+    """Refuse a file as `load` does, but from its header alone: its numbers are not read."""
+    with KIND.refusals(path), KIND.open(path) as file:
+        _header(file)
+
+
+def _header(file):
+    """What a file says about itself, checked: metadata, entries, and the steps of every captured tensor."""
+    words = file.metadata
+    KIND.check_version(words)
+    if not words.get("model", "").isprintable() or not 0 < len(words.get("model", "")) <= 500:
+        raise ValueError("its header does not name the model")
+    if not re.fullmatch("[0-9a-f]{64}", words.get("path", "")) or "sha256" not in words:
+        raise ValueError("its header does not say which picture it belongs to")
+    if words.get("dtype") not in ("float32", "float16"):
+        raise ValueError("its numbers are neither float32 nor float16")
+    entries = file.entries()
+    return words, entries, _check_entries(entries, {"float32": "F32", "float16": "F16"}[words["dtype"]])
+
+
+def _check_entries(entries, dtype):
+    """That the tensors of a file are those of a store and fit each other; {name: steps} of what was captured."""
+    steps, slots, pictures = {}, set(), set()
+    for name, entry in entries.items():
+        slot, _, text = name.rpartition("/")
+        if name in (_ABOUT + "source", _ABOUT + "negative"):
+            fits = entry.dtype == "F32" and len(entry.shape) == 3
+        elif not _SLOT.fullmatch(slot) or not _STEPS.fullmatch(text):
+            raise ValueError(f"it holds {name[:80]!r}, which this version cannot apply (update the pack if it is newer)")
+        else:
+            steps[name] = _numbers(text)
+            fits = len(entry.shape) == (5 if "/feature/" in name else 4) and entry.shape[0] == len(steps[name])
+            fits = fits and entry.dtype == dtype and slot not in slots
+            slots.add(slot)
+            pictures.add(entry.shape[1] if fits else 0)
+        if not fits:
+            raise ValueError(f"its tensor {name[:80]!r} is not what its name promises ({entry.dtype} {list(entry.shape)})")
+    missing = {slot.split("/")[0] for slot in slots} - {name.removeprefix(_ABOUT) for name in entries}
+    if missing or not slots:
+        raise ValueError(f"its {'prompt is' if missing else 'tensors are'} missing")
+    if len(pictures) != 1 or not all(entries[n].shape[0] in (1, *pictures) for n in entries.keys() - steps.keys()):
+        raise ValueError("its tensors are of different numbers of pictures")
+    return steps
+
+
+def _dtype(store, half):
+    everything = {tensor.dtype for tensor in store.tensors().values()}
+    return torch.float16 if half or everything == {torch.float16} else torch.float32
+
+
+def _by_slot(store):
+    """{name without the step: {step: tensor}} of everything held."""
+    out = {}
+    for name, tensor in store.tensors().items():
+        step, _, slot = name.partition("/")
+        out.setdefault(slot, {})[int(step)] = tensor
+    return out
+
+
+def _text(steps):
+    """Ascending steps as '0-18,20'."""
+    first = [s for s in steps if s - 1 not in steps]
+    last = [s for s in steps if s + 1 not in steps]
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(first, last))
+
+
+def _numbers(text):
+    """Undoes `_text`."""
+    out = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        steps = range(int(first), int(last or first) + 1)
+        if not steps or (out and steps[0] <= out[-1]) or steps[-1] >= STEP_LIMIT:
+            raise ValueError(f"'{text[:80]}' in the name of a tensor are no steps")
+        out += steps
+    return out
+
+
+def _describe_to(digest, name, dtype, shape):
+    digest.update(f"{name} {dtype} {list(shape)}\n".encode())

@@ -1,0 +1,58 @@
+"""Capture Attention: the source's attention, to keep for many edits."""
+
+import torch
+from comfy_api.latest import io
+
+from ..attention_hooks.backbones import unet
+from ..attention_hooks.source_pass import source_conditioning
+from ..samplers import models
+from ..samplers.capture_sampler import CaptureSampler
+from ..samplers.guider import LeditsGuider
+from . import feedback, sockets
+from .edit_prompts import CATEGORY
+from .sampling import sigmas_after
+
+DTYPES = {"float16": torch.float16, "float32": torch.float32}
+
+
+class CaptureAttention(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="LEDITS_CaptureAttention",
+            display_name="Capture Attention",
+            category=CATEGORY,
+            description="Runs the source picture once and keeps what attention controls read of it, so that every further "
+            "edit of the picture costs what plain sampling costs.",
+            search_aliases=["attention store", "source attention", "cache attention"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model that will make the edits."),
+                io.Conditioning.Input("negative", tooltip="The edits' negative. Only P2Plus, MasaCtrl and controls without "
+                                      "a source prompt read it."),
+                sockets.Inversion.Input("inversion", tooltip="The picture's path, the same as the sampler's."),
+                sockets.Attention.Input("attention", tooltip="The controls to capture for. Other target prompts, and "
+                                        "shorter windows, can use the store too."),
+                io.Int.Input("skip", default=18, min=0, max=999, tooltip="As in the sampler."),
+                io.Combo.Input("precision", options=list(DTYPES), default="float16", optional=True, advanced=True,
+                               tooltip="float16 takes half the memory."),
+                io.Boolean.Input("all_steps", default=False, optional=True, advanced=True,
+                                 tooltip="Keep every step, not only those inside the controls' windows, so that windows can "
+                                 "be changed later. Takes more memory."),
+            ],
+            outputs=[sockets.Store.Output(display_name="store", tooltip="For the store input of a LEDITS sampler.")],
+        )
+
+    @classmethod
+    def execute(cls, model, negative, inversion, attention, skip, precision="float16", all_steps=False):
+        models.check(model, inversion)
+        unet.layout(model.get_model_object("diffusion_model"), type(model.model).__name__)
+        sigmas = sigmas_after(inversion, skip)
+        sampler = CaptureSampler(inversion, attention, DTYPES[precision], all_steps)
+        guider = LeditsGuider(model, source_conditioning(attention) or negative, negative, 1.0)
+        picture = inversion.latent_format.process_out(inversion.latents[-1])
+        feedback.sample(guider, sampler, picture, sigmas)
+        cost = feedback.report(guider, len(sigmas) - 1, store_bytes=sampler.store.nbytes)
+        return io.NodeOutput(sampler.store, ui=cost)
+
+
+NODES = [CaptureAttention]

@@ -1,0 +1,280 @@
+"""DDIM inversion and what is made of it; SDEdit; proximal guidance."""
+
+import logging
+from dataclasses import replace
+
+import comfy.model_management
+import torch
+from comfy_api.latest import io
+
+from ..samplers import models
+from ..samplers.guider import LeditsGuider
+from ..samplers.inverters import DDIMInverter, SourceBranch, TargetOffset
+from ..samplers.methods import ddim, proximal
+from ..samplers.methods.edit_friendly import draw_noise
+from ..samplers.methods.negative_prompt import with_source_as_negative
+from ..samplers.methods.record import Inversion
+from . import sockets
+from .edit_friendly_inversion import (
+    CATEGORY,
+    latent_input,
+    level_inputs,
+    noise_levels,
+    outputs,
+    picture,
+    report,
+    run,
+    seed_input,
+    sigmas_input,
+    source_inputs,
+)
+from .pix2pix_zero_edit import regularisation, regularisation_input
+
+
+def _cfg():
+    return io.Float.Input("cfg", default=1.0, min=0.0, max=100.0, step=0.1, round=0.01,
+                          tooltip="Guidance while inverting. 1 is right nearly always: more makes the steps hard to "
+                          "take back, and above 2 the path soon fails.")
+
+
+def _edit_cfg():
+    return io.Float.Input("edit_cfg", default=7.5, min=0.0, max=100.0, step=0.1, round=0.01,
+                          tooltip="Guidance of the edit to come. Set the sampler's cfg to the same.")
+
+
+def _precision(refinements):
+    """How exactly each step of the path is the inverse of a sampling step."""
+    return [
+        io.Int.Input("refinements", default=refinements, min=0, max=20,
+                     tooltip="Times that each step is improved so that sampling takes it back, one more evaluation "
+                     "each. The papers use 0; 1 makes sampling miss the picture by several times less."),
+        io.Float.Input("tolerance", default=1e-5, min=0.0, max=1.0, step=1e-6, round=False, advanced=True,
+                       tooltip="A step is good enough when a refinement changes it by less. 0 always makes all."),
+        io.Combo.Input("convention", options=list(ddim.CONVENTIONS), advanced=True,
+                       tooltip="Which timestep the network is told at a step up to a noisier level: A that level's (as "
+                       "diffusers and the papers), B the one it comes from (as Euler over flipped sigmas)."),
+    ]
+
+
+def _path():
+    return io.DynamicCombo.Input(
+        "path",
+        options=[io.DynamicCombo.Option("inverted", []), io.DynamicCombo.Option("re-simulated", [_edit_cfg()])],
+        tooltip="What stands for the source during the edit: the inverted path itself, or one sampled from x_T with the "
+        "source prompt at the edit's guidance (the papers' baseline, which drifts away from the picture).",
+    )
+
+
+class _Found:
+    """A DDIM path while a node makes it; `then` runs a further SAMPLER over it."""
+
+    def __init__(self, model, prompts, latent, cfg, levels, precision, method, regularise=None, **settings):
+        models.family(model)
+        steps, scheduler, sigmas = levels
+        refinements, tolerance, convention = precision
+        if cfg > 2:
+            logging.warning(
+                f"LEDITS: DDIM inversion at cfg {cfg:g} does not lead back to the picture, and refinements may diverge. "
+                "Invert at 1; the edit's own cfg is set in the sampler."
+            )
+        self.model, self.prompts = model, prompts
+        self.sigmas, self.samples = noise_levels(model, scheduler, steps, sigmas), picture(model, latent)
+        self.rows, self.inversion = 0, None
+        settings = {"cfg": cfg, "scheduler": scheduler, "convention": convention, "refinements": refinements,
+                    "tolerance": tolerance, **settings}
+        self.then(DDIMInverter(convention, refinements, tolerance, method, settings, regularise), cfg)
+
+    def then(self, sampler, cfg):
+        guider = LeditsGuider(self.model, *self.prompts, cfg)
+        self.x_T = run(guider, sampler, self.samples, self.sigmas)
+        self.rows, self.inversion = self.rows + guider.rows, sampler.inversion
+
+    def simulate(self, path):
+        """Take the choice of `_path`."""
+        if path["path"] == "re-simulated":
+            self.inversion = replace(self.inversion, settings={**self.inversion.settings, "edit_cfg": path["edit_cfg"]})
+            self.then(SourceBranch(self.inversion, method=f"{self.inversion.method}, re-simulated"), path["edit_cfg"])
+
+    def output(self):
+        return io.NodeOutput(self.inversion, {"samples": self.x_T}, ui=report(self, self.inversion.steps))
+
+
+class DDIMInversion(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="LEDITS_DDIMInversion",
+            display_name="DDIM Inversion",
+            category=CATEGORY,
+            description="Turns a picture into the path that DDIM sampling would have taken to it (arXiv 2010.02502), "
+            "without noise maps: the baseline of editing papers.",
+            search_aliases=["unsampler", "invert image", "ddim inverse", "fixed point inversion", "renoise"],
+            inputs=[*source_inputs(), _cfg(), *level_inputs(), *_precision(1), _path(), sigmas_input(), regularisation_input()],
+            outputs=outputs(),
+        )
+
+    @classmethod
+    def execute(cls, model, positive, negative, latent, cfg, steps, scheduler, refinements, tolerance, convention, path,
+                sigmas=None, noise_regularisation=None):
+        regularise, chosen = regularisation(noise_regularisation)
+        found = _Found(model, (positive, negative), latent, cfg, (steps, scheduler, sigmas),
+                       (refinements, tolerance, convention), "DDIM", regularise, **chosen)
+        found.simulate(path)
+        return found.output()
+
+
+class DirectInversion(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        cfg = _edit_cfg()
+        scale = io.Float.Input("scale", default=0.8, min=0.0, max=1.0, step=0.05, round=0.01,
+                               tooltip="Share of the correction. 1 is Direct Inversion, 0 the re-simulated baseline.")
+        every = io.Int.Input("every", default=2, min=1, max=1000,
+                             tooltip="Correct at the first step and every so many after it.")
+        return io.Schema(
+            node_id="LEDITS_DirectInversion",
+            display_name="Direct Inversion",
+            category=CATEGORY,
+            description="DDIM inversion whose path itself is the source during the edit, so the source never drifts: "
+            "Direct Inversion (PnP Inversion, arXiv 2310.01506). Made for attention control.",
+            search_aliases=["pnp inversion", "direct inversion", "invert image"],
+            inputs=[
+                *source_inputs(), _cfg(), *level_inputs(), *_precision(0),
+                io.DynamicCombo.Input(
+                    "ablation",
+                    options=[
+                        io.DynamicCombo.Option("none", []),
+                        io.DynamicCombo.Option("scaled offset", [cfg, scale]),
+                        io.DynamicCombo.Option("every n-th step", [cfg, every]),
+                        io.DynamicCombo.Option("target side", [cfg]),
+                    ],
+                    tooltip="Weaker variants that the paper compares with: the source corrected in part, or only now "
+                    "and then; or its correction added to the edit too. Leave at none to edit.",
+                    extra_dict={"advanced": True},
+                ),
+                sigmas_input(),
+            ],
+            outputs=outputs(),
+        )
+
+    @classmethod
+    def execute(cls, model, positive, negative, latent, cfg, steps, scheduler, refinements, tolerance, convention,
+                ablation, sigmas=None):
+        chosen = ablation["ablation"]
+        found = _Found(model, (positive, negative), latent, cfg, (steps, scheduler, sigmas),
+                       (refinements, tolerance, convention), "Direct", **ablation)
+        if chosen == "target side":
+            found.then(TargetOffset(found.inversion, method="Direct, target side"), ablation["edit_cfg"])
+        elif chosen != "none":
+            scale, every = ablation.get("scale", 1.0), ablation.get("every", 1)
+            found.then(SourceBranch(found.inversion, scale, every, f"Direct, {chosen}"), ablation["edit_cfg"])
+        return found.output()
+
+
+class NegativePromptInversion(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="LEDITS_NegativePromptInversion",
+            display_name="Negative-Prompt Inversion",
+            category=CATEGORY,
+            description="DDIM inversion that puts the source prompt in the place of the edit's negative "
+            "(arXiv 2305.16807): nearly Null-Text Inversion, at no cost. Goes well with Proximal Guidance.",
+            search_aliases=["npi", "negative prompt inversion", "invert image", "proximal"],
+            inputs=[
+                *source_inputs(), _cfg(), *level_inputs(), *_precision(1), _path(),
+                io.Float.Input("interpolation", default=0.0, min=0.0, max=1.0, step=0.05, round=0.01, advanced=True,
+                               tooltip="Share of the negative given here in what replaces the edit's negative: 0 is "
+                               "the source prompt alone. More gives stronger edits that keep less."),
+                sigmas_input(),
+            ],
+            outputs=outputs(),
+        )
+
+    @classmethod
+    def execute(cls, model, positive, negative, latent, cfg, steps, scheduler, refinements, tolerance, convention, path,
+                interpolation, sigmas=None):
+        found = _Found(model, (positive, negative), latent, cfg, (steps, scheduler, sigmas),
+                       (refinements, tolerance, convention), "negative-prompt", interpolation=interpolation)
+        found.inversion = with_source_as_negative(found.inversion, positive, negative, interpolation)
+        found.simulate(path)
+        return found.output()
+
+
+class SDEditPath(io.ComfyNode):
+    rows = 0
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="LEDITS_SDEditPath",
+            display_name="SDEdit Path",
+            category=CATEGORY,
+            description="A picture with more and more of one noise, without any inversion (SDEdit, arXiv 2108.01073): "
+            "image-to-image as a path like any other. Its strength is the sampler's skip.",
+            search_aliases=["img2img", "sdedit", "image to image"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model that will make the edit."),
+                latent_input(), *level_inputs(), seed_input(), sigmas_input(),
+            ],
+            outputs=outputs(),
+        )
+
+    @classmethod
+    def execute(cls, model, latent, steps, scheduler, seed, sigmas=None):
+        family, sigmas = models.family(model), noise_levels(model, scheduler, steps, sigmas)
+        y0 = model.model.process_latent_in(picture(model, latent).float().cpu())
+        latents = ddim.one_noise_path(y0, sigmas, draw_noise(y0.shape, 1, seed)[0])
+        inversion = Inversion(
+            sigmas, latents, None, torch.zeros(len(sigmas) - 1), family, models.describe(model), "SDEdit",
+            {"seed": seed, "scheduler": scheduler}, latent_format=model.model.latent_format,
+        )
+        x_T = model.model.process_latent_out(latents[0]).to(comfy.model_management.intermediate_device())
+        return io.NodeOutput(inversion, {"samples": x_T}, ui=report(cls, inversion.steps))
+
+
+class ProximalGuidance(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="LEDITS_ProximalGuidance",
+            display_name="Proximal Guidance",
+            category="LEDITS/guidance",
+            description="Lets guidance act only where it is strong, so that an edit leaves the rest of the picture "
+            "alone (arXiv 2306.05414). Made for Negative-Prompt Inversion; works with every sampler at a cfg above 1.",
+            search_aliases=["proximal", "npi", "threshold guidance"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model that makes the edit."),
+                io.Float.Input("quantile", default=0.5, min=0.0, max=0.999, step=0.01, round=0.001,
+                               tooltip="Share of the guidance that is left out, the weakest. More keeps more of the "
+                               "picture. The paper's 0.75 counts the source beside the edit and is 0.5 here."),
+                io.Combo.Input("kind", options=list(proximal.KINDS),
+                               tooltip="soft weakens all guidance by the threshold (the paper's), hard leaves what "
+                               "exceeds it as it is, for a stronger edit with harder borders."),
+                sockets.Inversion.Input("inversion", optional=True,
+                                        tooltip="The source, to hold what is not edited to. Needed for hold only."),
+                io.Combo.Input("hold", options=list(proximal.HOLDS), optional=True, advanced=True,
+                               tooltip="Where nothing is edited: draw the prediction to the picture (reconstruction "
+                               "guidance), or each step to the path (inversion guidance)."),
+                io.Float.Input("strength", default=0.1, min=0.0, max=1.0, step=0.01, optional=True, advanced=True,
+                               tooltip="How strongly to hold. 1 puts the source in the place of what is not edited."),
+                io.Float.Input("start", default=0.6, min=0.0, max=1.0, step=0.01, optional=True, advanced=True,
+                               tooltip="Share of the noise schedule after which to hold. 0 holds from the beginning."),
+                io.Int.Input("radius", default=1, min=0, max=64, optional=True, advanced=True,
+                             tooltip="How far around the edit nothing is held, in latent pixels (8 of the picture's)."),
+            ],
+            outputs=[io.Model.Output(display_name="model", tooltip="The model with proximal guidance.")],
+        )
+
+    @classmethod
+    def execute(cls, model, quantile, kind, inversion=None, hold="nothing", strength=0.1, start=0.6, radius=1):
+        level = float(model.get_model_object("model_sampling").percent_to_sigma(start))
+        guidance = proximal.Proximal(quantile, kind, hold, inversion, strength, level, radius)
+        if hold != "nothing":
+            models.check(model, inversion)
+        patched = model.clone()
+        patched.set_model_sampler_pre_cfg_function(guidance)
+        return io.NodeOutput(patched)
+
+
+NODES = [DDIMInversion, DirectInversion, NegativePromptInversion, SDEditPath, ProximalGuidance]

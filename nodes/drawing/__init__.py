@@ -1,0 +1,1 @@
+"""Pictures that nodes draw: cards with charts, labelled sheets."""

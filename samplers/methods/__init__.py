@@ -1,0 +1,1 @@
+"""The papers' formulas, on tensors and plain callables. Nothing here imports comfy."""

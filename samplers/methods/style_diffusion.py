@@ -1,0 +1,134 @@
+"""StyleDiffusion (arXiv 2303.15649): learn what `to_v` of the positive's cross-attention sees; keys keep the prompt.
+
+What is learned for a step is a scale and a shift of the prompt's embedding c, the form of the paper's code:
+`c~ = c * scale + shift` goes to `to_v` and c to `to_k`. A VALUE is both, [B, 2, tokens, width].
+"""
+
+import math
+
+import torch
+
+from .families import ve_step
+from .fit import fit, good_enough, learning_rate
+from .null_text import mse_vp
+
+
+def modulate(context, value):
+    """`c * scale + shift` for every token.
+
+    Args:
+        context: [B, k * tokens, width]; a longer one is several chunks of a prompt, or a prompt that ComfyUI repeated
+            to batch it with another, and each chunk gets the same.
+        value: [B or 1, 2, tokens, width].
+    """
+    tokens = value.shape[2]
+    if context.shape[1] % tokens or context.shape[2] != value.shape[3]:
+        raise ValueError(
+            f"The inversion learned {tokens} tokens of width {value.shape[3]}; this prompt has {context.shape[1]} of "
+            f"width {context.shape[2]}. Invert again with a prompt of about the same length."
+        )
+    scale, shift = value.to(context).repeat(1, 1, context.shape[1] // tokens, 1).unbind(1)
+    return context * scale + shift
+
+
+class Direct:
+    """Scale and shift as the parameters themselves; begins as the plain prompt."""
+
+    def __init__(self, pictures, tokens, width, device=None):
+        def leaf(number):
+            return torch.full((1, tokens, width), number, device=device, requires_grad=True)
+
+        self.parameters = [[leaf(1.0), leaf(0.0)] for _ in range(pictures)]
+
+    def __call__(self):
+        return torch.cat([torch.stack(own, 1) for own in self.parameters])
+
+
+class Mapping:
+    """The paper's network M_t over the tokens of an image encoder, one for each picture (arXiv 2303.15649, 3.2).
+
+    Convolutions of size 1 along the token axis, batch norm over the features as in training:
+    T -> 2 * tokens -> [2 * tokens, norm, leaky ReLU] -> 2 * tokens. Features of another width than the prompt's are
+    brought to it by a learned linear map. Unlike the paper's, the network begins as the plain prompt (its last layer
+    is 0, and the scale is 1 plus its output).
+
+    Args:
+        features: [B, T, F], from the image encoder.
+        tokens, width: of the prompt.
+        seed: of the initial weights; the same for every picture.
+    """
+
+    def __init__(self, features, tokens, width, seed=0):
+        features = features.float()
+        self.features = torch.nn.functional.layer_norm(features, features.shape[-1:])  # encoders end with one
+        self.tokens = tokens
+        self.same_width = features.shape[2] == width
+        generator = torch.Generator().manual_seed(seed)
+
+        def uniform(*shape):
+            bound = shape[-1] ** -0.5
+            return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+        t, f, c = features.shape[1], features.shape[2], 2 * tokens
+        start = [uniform(c, t), torch.zeros(c, 1), uniform(c, c), torch.zeros(c, 1), torch.ones(c, 1), torch.zeros(c, 1)]
+        start += [torch.zeros(c, c), torch.zeros(c, 1)] + ([] if self.same_width else [uniform(width, f)])
+        self.parameters = [[p.to(features.device, copy=True).requires_grad_() for p in start] for _ in features]
+
+    def __call__(self):
+        out = torch.stack([self._one(x, *own) for x, own in zip(self.features, self.parameters)])
+        scale, shift = out.split(self.tokens, 1)
+        return torch.stack([1 + scale, shift], 1)
+
+    def _one(self, x, w1, b1, w2, b2, gain, bias, w3, b3, to_width=None):
+        h = w2 @ (w1 @ x + b1) + b2
+        h = torch.nn.functional.layer_norm(h, h.shape[-1:]) * gain + bias  # batch norm of a batch of one
+        out = w3 @ torch.nn.functional.leaky_relu(h) + b3
+        return out if to_width is None else out @ to_width.T
+
+
+def inner_steps(i, most=100):
+    """Adam steps for step i of the path, `ceil(100 * exp(-0.1 * i))` (code of arXiv 2303.15649)."""
+    return math.ceil(most * math.exp(-0.1 * i))
+
+
+def optimise(latents, sigmas, value, positive, negative, source_maps, combine, attention=1.0, most=100, rate=1e-2,
+             enough=1e-5, step=ve_step):
+    """Learn the VALUE of every step (arXiv 2303.15649, eq. 5 to 7), one step at each `next`.
+
+    Lowers, by Adam, `MSE(x_{i+1}, x*_{i+1}) + attention * sum over layers of MSE(A, A*)`; x in variance-preserving
+    units, A the cross-attention maps at this step, A* those of the inversion at the same latent (the first step, which
+    the inversion never evaluated, takes those of the second).
+
+    Args:
+        latents, sigmas: the path, [N + 1, B, C, H, W] and [N + 1].
+        value: `() -> VALUE`, with `parameters` for each picture; see `Direct` and `Mapping`. Goes on from step to step.
+        positive: `(y, i, VALUE) -> D, maps`, differentiable in VALUE; maps are a list of [B, ...].
+        negative: `(y, i) -> D`.
+        source_maps: `i -> maps` of the inversion at `latents[i]`; not called where `attention` is 0.
+        combine: `(y, i, D_p, D_u) -> D` guidance, differentiable in D_p.
+        attention: weight of the attention loss.
+        most: Adam steps of the first step, see `inner_steps`.
+        rate, enough: learning rate and early stop of the first step, see `fit`.
+        step: step function of the model family.
+
+    Yields:
+        for each step of the path: the VALUE, losses [B], D and the latent it leads to.
+    """
+    y = latents[0]
+    for i in range(len(latents) - 1):
+        c = step(sigmas[i], sigmas[i + 1], 0.0)
+        with torch.no_grad():
+            d_u = negative(y, i)
+            wanted = source_maps(max(i, 1)) if attention else []
+
+        def losses(y=y, i=i, c=c, d_u=d_u, wanted=wanted):
+            d_p, maps = positive(y, i, value())
+            loss = mse_vp(c.keep * y + c.take * combine(y, i, d_p, d_u), latents[i + 1], sigmas[i + 1])
+            return loss + attention * sum((a - b).square().flatten(1).mean(1) for a, b in zip(maps, wanted))
+
+        loss = fit(value.parameters, losses, learning_rate(i, rate), inner_steps(i, most), good_enough(i, enough))
+        with torch.no_grad():
+            learned = value().detach()
+            d = combine(y, i, positive(y, i, learned)[0], d_u)
+            y = c.keep * y + c.take * d
+        yield learned, loss, d, y

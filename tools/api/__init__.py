@@ -1,0 +1,1 @@
+"""A client of ComfyUI's API, and workflow files as its prompts."""

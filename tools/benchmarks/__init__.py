@@ -1,0 +1,1 @@
+"""Speed, Demo-Bench and PIE-Bench."""

@@ -1,0 +1,257 @@
+"""What the benchmark measures with: a model and its runs in this process, the clock, and diffusers' pipeline."""
+
+import logging
+import os
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+from .. import inside_comfyui
+from .speed_models import SD15, TINY, RandomText, random_model
+
+ROOT = Path(__file__).resolve().parents[2]
+CONCEPTS = ("star", "red")
+SOURCE, TARGET = "a blue circle on a grey ground", "a blue heart on a grey ground"
+
+
+def prepare():
+    """ComfyUI can be imported, and is quiet."""
+    inside_comfyui.prepare()
+    import comfy.utils
+
+    comfy.utils.set_progress_bar_enabled(False)
+    logging.disable(logging.WARNING)
+
+
+class Bench:
+    """A model, what the cases run on it, and the clock."""
+
+    def __init__(self, options):
+        import comfy.sd
+        import torch
+
+        from ...demo import loader
+
+        self.options, self.steps, self.skip = options, options.steps, round(0.36 * options.steps)
+        self.clip = self.vae = None
+        self.conds = {}  # prompts that are encoded already
+        if options.model in ("tiny", "sd15"):
+            unet, side = (TINY, 16) if options.model == "tiny" else (SD15, 64)
+            self.model, self.clip = random_model(unet), RandomText(unet["context_dim"])
+        elif options.model == "demo":
+            (self.model, self.clip, self.vae), side = loader.load(), 16
+        else:
+            self.model, self.clip, self.vae, *_ = comfy.sd.load_checkpoint_guess_config(options.model)
+            side = 64
+        self.shape = (self.model.model.latent_format.latent_channels, side, side)
+        self.cuda = torch.cuda.is_available()
+
+    def cond(self, text):
+        """CONDITIONING of a prompt; encoded once, as in a graph."""
+        if text not in self.conds:
+            self.conds[text] = self.clip.encode_from_tokens_scheduled(self.clip.tokenize(text))
+        return self.conds[text]
+
+    def latent(self, pictures):
+        import torch
+
+        generator = torch.Generator().manual_seed(7)
+        picture = torch.randn(pictures, *self.shape, generator=generator)
+        return {"samples": self.model.model.latent_format.process_out(picture)}
+
+    def invert(self, pictures=1, source=SOURCE, cfg=3.5, steps_at_once=0, sigmas=None, latent=None):
+        """The NodeOutput of an inversion."""
+        from ...nodes.edit_friendly_inversion import EditFriendlyInversion
+
+        return EditFriendlyInversion.execute(
+            self.model, self.cond(source), self.cond(""), latent or self.latent(pictures), cfg, self.steps,
+            "ddim_uniform", 1.0, 0, sigmas, steps_at_once)
+
+    def concepts(self, words=CONCEPTS, warmup=2, momentum=0.3):
+        from ...samplers.methods.sega import Concept
+
+        return tuple(Concept(self.cond(word), 1, 7.0, 0.9, warmup, None, momentum, 0.6) for word in words)
+
+    def methods(self):
+        """{name: a function that gives the NodeOutput of an inversion}, one for each method."""
+        from ...nodes import ddim_inversions, learned_inversions
+
+        most = 2 if self.options.quick else None
+        own = {"model": self.model, "positive": self.cond(SOURCE), "negative": self.cond(""), "latent": self.latent(1),
+               "steps": self.steps, "scheduler": "ddim_uniform"}
+        exact = own | {"cfg": 1.0, "tolerance": 0.0, "convention": "A"}
+        inverted = exact | {"path": {"path": "inverted"}}
+        learned = own | {"cfg": 7.5, "learning_rate": 0.01, "early_stop": 1e-5, "on_interrupt": learned_inversions.ON_INTERRUPT[0]}
+        return {
+            "DDIM": lambda: ddim_inversions.DDIMInversion.execute(**inverted, refinements=0),
+            "refined DDIM": lambda: ddim_inversions.DDIMInversion.execute(**inverted, refinements=1),
+            "edit-friendly": lambda: self.invert(),
+            "Direct": lambda: ddim_inversions.DirectInversion.execute(**exact, refinements=0, ablation={"ablation": "none"}),
+            "negative-prompt": lambda: ddim_inversions.NegativePromptInversion.execute(**inverted, refinements=0, interpolation=0.0),
+            "null-text": lambda: learned_inversions.NullTextInversion.execute(**learned, inner_steps=most or 10),
+            "StyleDiffusion": lambda: learned_inversions.StyleDiffusionInversion.execute(
+                **learned, first_steps=most or 100, attention_loss=1.0, tau_v=0.5),
+        }
+
+    def noise_path(self):
+        """A path that is made without the network."""
+        from ...nodes.ddim_inversions import SDEditPath
+
+        return SDEditPath.execute(self.model, self.latent(1), self.steps, "ddim_uniform", 0)[0]
+
+    def prompt_to_prompt(self, cross=0.8, layout=0.4):
+        from ...attention_hooks.controls.p2p import PromptToPrompt
+        from ...attention_hooks.text.prompts import edit_prompts
+
+        prompts = edit_prompts(self.clip, SOURCE, TARGET)
+        return PromptToPrompt(prompts, cross=(0.0, cross), self_=(0.0, layout))
+
+    def masactrl(self):
+        from ...attention_hooks.controls.masactrl import MasaCtrl
+        from ...attention_hooks.text.prompts import edit_prompts
+
+        return MasaCtrl(edit_prompts(self.clip, SOURCE, TARGET))
+
+    def capture(self, inversion, controls):
+        """The NodeOutput of Capture Attention for an edit without skip."""
+        from ...nodes.capture_attention import CaptureAttention
+
+        return CaptureAttention.execute(self.model, self.cond(""), inversion, controls, 0)
+
+    def edit(self, inversion, target=TARGET, cfg=7.5, skip=None, concepts=None, solver="ddpm", attention=None, store=None):
+        """The NodeOutput of an edit."""
+        from ...nodes.sampling import LeditsKSampler
+
+        return LeditsKSampler.execute(
+            self.model, self.cond(target), self.cond(""), inversion, cfg, self.skip if skip is None else skip,
+            self.concepts() if concepts is None else concepts, None, solver, attention, store)
+
+    def ksampler(self, pictures=1, steps=None):
+        """ComfyUI's own KSampler with a prompt and cfg."""
+        import nodes
+
+        return nodes.common_ksampler(self.model, 0, steps or self.steps, 7.5, "euler", "ddim_uniform",
+                                     self.cond(TARGET), self.cond(""), self.latent(pictures))
+
+    def times(self, **sides):
+        """Median seconds of each function; they run in turns, after one run of each to warm up."""
+        import torch
+
+        found = {name: [] for name in sides}
+        for repetition in range(-1, self.options.repeat):
+            for name, function in sides.items():
+                start = time.perf_counter()
+                function()
+                if self.cuda:
+                    torch.cuda.synchronize()
+                if repetition >= 0:
+                    found[name].append(time.perf_counter() - start)
+        return {name: statistics.median(seconds) for name, seconds in found.items()}
+
+    def bare(self, run):
+        """A function that repeats the network's calls of `run()` and does nothing else; and the rows of those calls."""
+        calls, network = [], self.model.model.diffusion_model
+
+        def watch(args, kwargs):
+            options = kwargs.get("transformer_options", {})
+            plain = {name: value for name, value in options.items() if not name.startswith("patches")}
+            calls.append((args, {**kwargs, "transformer_options": plain}))
+
+        self._watched(watch, run)
+
+        def again():
+            for args, kwargs in calls:
+                network(*args, **kwargs)
+
+        return again, sum(len(args[0]) for args, _ in calls)
+
+    def counted(self, run):
+        """U-Net rows forward and backward of `run()`, and its seconds."""
+        import torch
+
+        calls = []
+        start = time.perf_counter()
+        self._watched(lambda args, kwargs: calls.append((len(args[0]), torch.is_grad_enabled())), run)
+        if self.cuda:
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+        return sum(rows for rows, _ in calls), sum(rows for rows, differentiated in calls if differentiated), seconds
+
+    def _watched(self, watch, run):
+        network = self.model.model.diffusion_model
+        hook = network.register_forward_pre_hook(lambda module, args, kwargs: watch(args, kwargs), with_kwargs=True)
+        try:
+            run()
+        finally:
+            hook.remove()
+
+
+def forget_peak():
+    """Start `peak_memory` anew, where the system can: loading the weights peaks higher than using them."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    elif sys.platform == "linux":
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory():
+    """Bytes at the peak: of the GPU's tensors, or of this process."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    if platform.system() == "Windows":
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset
+    import resource
+
+    if sys.platform == "linux":  # ru_maxrss is inherited from the process that started this one
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(status.split("VmHWM:")[1].split()[0])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def leditspp(device):
+    """diffusers' LEDITS++ pipeline on the demo model's weights; and a function that counts a run's U-Net rows."""
+    import comfy
+    import torch
+    from diffusers import DPMSolverMultistepScheduler, LEditsPPPipelineStableDiffusion
+    from diffusers.utils import logging as diffusers_logging
+    from transformers import CLIPTokenizer
+
+    from ...demo import nets
+
+    diffusers_logging.set_verbosity_error()
+    vae, unet, short, tokens = nets.load_diffusers()
+    state, key = short.state_dict(), next(k for k in short.state_dict() if k.endswith("token_embedding.weight"))
+    text = nets.build_text(nets.TEXT_CONFIG["vocab_size"])
+    table = state[key].mean(0).repeat(nets.TEXT_CONFIG["vocab_size"], 1)
+    table[tokens.ids] = state[key]
+    text.load_state_dict(state | {key: table})
+    encode = vae.encode
+    # The pipeline expects an autoencoder that gives a distribution.
+    vae.encode = lambda x: SimpleNamespace(latent_dist=SimpleNamespace(mode=lambda: encode(x).latents))
+    vae.register_to_config(sample_size=nets.SIDE)
+    scheduler = DPMSolverMultistepScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, prediction_type="v_prediction",
+        algorithm_type="sde-dpmsolver++", solver_order=2, steps_offset=1)
+    tokenizer = CLIPTokenizer.from_pretrained(
+        os.path.join(list(comfy.__path__)[0], "sd1_tokenizer"), model_max_length=nets.TOKENS)
+    pipe = LEditsPPPipelineStableDiffusion(vae, text.eval(), tokenizer, unet, scheduler, None, None, False).to(device)
+    pipe.set_progress_bar_config(disable=True)
+
+    def count(run):
+        rows = []
+        hook = pipe.unet.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+        with torch.no_grad():
+            run()
+        hook.remove()
+        return sum(rows)
+
+    return pipe, count
