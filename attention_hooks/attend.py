@@ -4,7 +4,10 @@ Rows come in chunks of B pictures. `attention(q, k, v, chunks)` is the model's o
 it) for rows of the given chunks; `fetch(branch, name)` gives the source's captured rows [B, tokens, width].
 """
 
+import functools
+
 import torch
+from einops import rearrange, repeat
 
 
 def self_attention(q, k, v, edits, grid, fetch, attention):
@@ -15,9 +18,9 @@ def self_attention(q, k, v, edits, grid, fetch, attention):
         grid: height and width of the token grid.
     """
     batch, special = len(q) // len(edits), {}
-    for c, own in enumerate(edits):
+    for c, edits_of_chunk in enumerate(edits):
         rows = slice(c * batch, (c + 1) * batch)
-        for edit in own:
+        for edit in edits_of_chunk:
             masks = edit.masks(grid) if edit.masks else None
             if edit.q:
                 q[rows] = fetch(edit.q, "q").to(q)
@@ -42,21 +45,37 @@ def self_attention(q, k, v, edits, grid, fetch, attention):
         if masks is None:
             out[rows] = attention(q[rows], torch.cat([keys, k[rows]], 1), torch.cat([values, v[rows]], 1), [c])
             continue
-        source, target = masks
-        for b in range(batch):
-            place, sides = slice(c * batch + b, c * batch + b + 1), []
-            for inside in (True, False):
-                seen = source[b].bool() == inside
-                if not seen.any():  # no such region in the source: look everywhere
-                    seen = torch.ones_like(seen)
-                its = [(keys[b : b + 1, seen], values[b : b + 1, seen])]
-                if edit.own_keys:
-                    mine = target[b].bool() == inside
-                    its.append((k[place][:, mine], v[place][:, mine]))
-                sides.append(attention(q[place], torch.cat([x for x, _ in its], 1), torch.cat([x for _, x in its], 1), [c]))
-            m = target[b].to(out)[:, None]
-            out[place] = sides[0] * m + sides[1] * (1 - m)
+        for b in range(batch):  # pictures look up different numbers of keys
+            row = slice(c * batch + b, c * batch + b + 1)
+            source, target = ((keys[b : b + 1], values[b : b + 1]), (k[row], v[row]) if edit.own_keys else None)
+            attend_chunk = functools.partial(attention, chunks=[c])
+            out[row] = _inside_and_outside(q[row], source, target, [m[b] for m in masks], attend_chunk)
     return out
+
+
+def _inside_and_outside(q, source, target, masks, attention):
+    """Attention of one picture: queries inside the target's mask look up keys inside the source's, the others outside.
+
+    Args:
+        q: [1, tokens, width].
+        source: keys and values of the source, [1, tokens, width] each.
+        target: those of the target, which are looked up too, or None.
+        masks: (source, target), 0..1 [tokens].
+    """
+    source_mask, target_mask = masks
+    sides = []
+    for inside in (True, False):
+        seen = source_mask.bool() == inside
+        if not seen.any():  # no such region in the source: look everywhere
+            seen = torch.ones_like(seen)
+        parts = [[tensor[:, seen] for tensor in source]]
+        if target is not None:
+            mine = target_mask.bool() == inside
+            parts.append([tensor[:, mine] for tensor in target])
+        keys, values = (torch.cat(tensors, 1) for tensors in zip(*parts))
+        sides.append(attention(q, keys, values))
+    share = target_mask.to(q)[:, None]
+    return sides[0] * share + sides[1] * (1 - share)
 
 
 def cross_attention(q, k, v, edited, edit, fetch, attention, patched=None):
@@ -100,7 +119,7 @@ def cross_attention(q, k, v, edited, edit, fetch, attention, patched=None):
 
 def maps(q, k, heads):
     """Explicit attention maps `softmax(q k^T / sqrt(d))`, float32 [B, heads, queries, keys]: for losses on cross-attention."""
-    q, k = (t.float().unflatten(2, (heads, -1)).transpose(1, 2) for t in (q, k))
+    q, k = (rearrange(t.float(), "b n (h d) -> b h n d", h=heads) for t in (q, k))
     return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
 
 
@@ -121,10 +140,11 @@ def word_maps(q, k, heads, source_columns, target_columns, edit, fetch, attentio
         return torch.cat([some(q, k, part) for part in parts], -1)
 
     def some(q, k, columns):
-        wide = torch.zeros(len(q), len(columns), heads, q.shape[-1] // heads, device=q.device, dtype=q.dtype)
-        wide[..., : columns.shape[1]] = columns.to(q)[:, None]
-        out = attention(q, k[:, : len(columns)], wide.flatten(2))
-        return out.unflatten(-1, (heads, -1))[..., : columns.shape[1]].mean(2)
+        empty = q.shape[-1] // heads - columns.shape[1]  # the rest of a head's width
+        values = torch.nn.functional.pad(columns.to(q), (0, empty))
+        values = repeat(values, "tokens width -> b tokens (heads width)", b=len(q), heads=heads)
+        out = rearrange(attention(q, k[:, : len(columns)], values), "b n (heads width) -> b n heads width", heads=heads)
+        return out[..., : columns.shape[1]].mean(2)
 
     source_q, source_k = fetch("q").to(q), fetch("k").to(k)
     source = summed(source_q, source_k, source_columns)

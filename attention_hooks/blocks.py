@@ -7,7 +7,7 @@ from dataclasses import dataclass
 PARTS = ("input", "middle", "output")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Layer:
     """One transformer block (a self- and a cross-attention) or one residual block of a U-Net.
 
@@ -80,7 +80,7 @@ HELP = (
 
 
 def preset_help(name):
-    """What a preset stands for, for tooltips."""
+    """The blocks that a preset names, for tooltips."""
     texts = PRESETS[name]
     if set(texts) == {"other"}:
         return f"'{name}' is {texts['other']}."

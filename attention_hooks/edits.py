@@ -1,4 +1,4 @@
-"""What a control declares about a step: plain values that the run reads and carries out.
+"""The edits that a control declares for a step: plain values that `plan` collects and the target pass carries out.
 
 A control is a frozen dataclass with settings. `bind` makes the object that serves one run; it may hold state, because
 ComfyUI never copies it. Steps count the executed ones, 0 to T - 1. Target branches are "cond" and "uncond" (concepts follow
@@ -7,14 +7,17 @@ ComfyUI never copies it. Steps count the executed ones, 0 to T - 1. Target branc
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from .blocks import Layout, select
+from .blocks import Layer, Layout, select
 
 SOURCE, NEGATIVE = "source", "negative"
 COND, UNCOND = "cond", "uncond"
+
+BRANCHES_DIFFER = "ledits_branches_differ"  # in model_options: an equal positive and negative are edited differently
+VALUE_PRESCRIBED = "value_prescribed"  # in an encoded entry: the inversion prescribes what its `to_v` sees
 
 
 class Slot(NamedTuple):
@@ -26,7 +29,29 @@ class Slot(NamedTuple):
     name: str  # "q", "k", "v" or "h"
 
 
-@dataclass(frozen=True)
+class SourcePath(Protocol):
+    """The inverted picture as a run needs it (`samplers.methods.record.Inversion` is one).
+
+    Attributes:
+        sigmas: [N + 1].
+        latents: [N + 1, B, C, h, w].
+        batch: pictures B.
+        overrides: embeddings that the inversion prescribes.
+        model: description of the model.
+        kind: the family, whose `power` is asked.
+        latent_format: ComfyUI's.
+    """
+
+    sigmas: torch.Tensor
+    latents: torch.Tensor
+    batch: int
+    overrides: dict
+    model: str
+    kind: Any
+    latent_format: Any
+
+
+@dataclass(frozen=True, kw_only=True)
 class SelfEdit:
     """Self-attention rows to take from a source branch (spec: row copies, no matrix).
 
@@ -60,23 +85,21 @@ class CrossEdit:
 
 
 @dataclass(frozen=True)
-class Guidance:
-    """One step of the target latent that draws its cross-attention maps to the source's, see `controls.pix2pix_zero`.
+class Comparison:
+    """Cross-attention of the target to compare with the source's before a step, see `Bound.before_step`.
 
     Attributes:
         source: source branch whose maps they are.
         layers: keys of the layers that are compared.
-        amount: length of the step (lambda).
     """
 
     source: str
     layers: frozenset
-    amount: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What one run is made of, for `Control.bind`.
+    """Sizes of one run, for `Control.bind`.
 
     Attributes:
         layout: of the model.
@@ -90,18 +113,18 @@ class Setting:
     size: tuple[int, int]
     steps: int
     batch: int
-    device: Any
+    device: torch.device
 
-    def layers(self, text):
+    def layers(self, text: str) -> frozenset:
         """Keys of the transformer blocks that a selection names."""
         return select(text, self.layout.layers, self.layout, self.size)
 
-    def resblocks(self, text):
+    def resblocks(self, text: str) -> frozenset:
         """Keys of the residual blocks that a selection names."""
         return select(text, self.layout.resblocks, self.layout, self.size)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Control:
     """Settings of one editing method.
 
@@ -129,7 +152,7 @@ class Control:
             ValueError: a word that is not in its prompt, or settings that exclude each other.
         """
 
-    def bind(self, setting) -> "Bound":
+    def bind(self, setting: Setting) -> "Bound":
         """The object that serves one run.
 
         Raises:
@@ -139,40 +162,72 @@ class Control:
 
 
 class Bound:
-    """One control in one run. What a method does not do, it leaves as it is here."""
+    """A control bound to one run. Subclasses override the hooks they need; the defaults do nothing."""
 
     reads_words = False  # whether its edits depend on maps seen earlier in the same step (then cond goes first)
 
-    def self_edit(self, step, layer, branch) -> SelfEdit | None:
+    def check_chain(self, before: "list[Bound]"):
+        """Refuse the controls that are chained before this one.
+
+        Raises:
+            ValueError: one of them does what only one can do.
+        """
+
+    def self_edit(self, step: int, layer: Layer, branch: str) -> SelfEdit | None:
         return None
 
-    def cross_edit(self, step, layer) -> CrossEdit | None:
+    def cross_edit(self, step: int, layer: Layer) -> CrossEdit | None:
         return None
 
-    def feature_edit(self, step, block, branch) -> str | None:
+    def feature_edit(self, step: int, block: Layer, branch: str) -> str | None:
         """Source branch whose residual-branch output replaces the target's at a residual block."""
         return None
 
-    def guidance(self, step) -> Guidance | None:
-        """How the target latent is moved before the step is evaluated."""
+    def word_maps(self, step: int, layer: Layer) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Token columns to sum the cross-attention over: (source [M_s, G], target [M_t, G])."""
         return None
 
-    def word_maps(self, step, layer):
-        """Token columns to sum the cross-attention over: (source [M_s, G], target [M_t, G]), or None."""
-        return None
-
-    def see_maps(self, step, layer, grid, source, target):
+    def see_maps(self, step, layer: Layer, grid, source: torch.Tensor, target: torch.Tensor):
         """Given the maps asked for, [B, tokens, G] each (heads averaged, the target's after its edit)."""
 
     def forget_maps(self):
-        """The maps given so far at this step were of a latent that has moved since; those of the prediction follow."""
+        """Discard this step's maps: the latent has moved; the maps of the real prediction follow."""
 
-    def after_step(self, step, y, source):
+    def comparison(self, step: int) -> Comparison | None:
+        """The maps that `before_step` compares."""
+        return None
+
+    def check_lengths(self, source: int, positive: set[int]):
+        """Refuse prompts whose maps cannot be compared.
+
+        Args:
+            source: number of tokens of the source prompt.
+            positive: numbers of tokens of the target's conditionings over the whole picture.
+
+        Raises:
+            ValueError: what to do.
+        """
+
+    def before_step(self, step: int, y: torch.Tensor, size: float, gradient: Callable) -> torch.Tensor:
+        """The target latent with which the step is evaluated.
+
+        Args:
+            y: [B, C, H, W].
+            size: root mean square of a latent at this noise level, `y / size` being of unit variance.
+            gradient: `(comparison, loss) -> dL/dx` at `x = y / size`, [B, C, H, W].
+        """
+        return y
+
+    def after_step(self, step: int, y: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
         """The target latent after a step; `source` is the path's at the same level, [B, C, H, W]."""
         return y
 
-    def seen(self):
-        """What there is to look at when the run is over: fields of `seen.Seen`."""
+    def observed_words(self):
+        """(tokens, maps) as in `Observed`, or None."""
+        return None
+
+    def observed_masks(self) -> dict:
+        """{name: {step: (source or None, target)}}, boolean [B, h, w] each."""
         return {}
 
 

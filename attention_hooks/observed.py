@@ -1,4 +1,4 @@
-"""What a run has to show of its attention: maps of words, and masks."""
+"""The attention of a run, to be looked at when it is over: maps of words, and masks."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,8 +8,8 @@ import torch
 SIDES = ("source", "target")
 
 
-@dataclass(frozen=True)
-class Seen:
+@dataclass(frozen=True, kw_only=True)
+class Observed:
     """Made by a run when it is over; on the CPU.
 
     Attributes:
@@ -19,8 +19,8 @@ class Seen:
         tokens: (source, target) `Tokens` of the maps, or None where none were recorded.
         maps: {step: (source, target)}, cross-attention of every word [B, words, h, w], mean over heads and layers, the
             target's after its edit.
-        blend: {step: mask} of local blend, boolean [B, h, w].
-        masactrl: {step: (source, target)} masks of MasaCtrl, boolean [B, h, w] each.
+        masks: {name of the method: {step: (source, target)}}, boolean [B, h, w] each; source is None where a method has
+            one mask.
     """
 
     steps: int
@@ -28,14 +28,11 @@ class Seen:
     latent: torch.Tensor
     tokens: Any = None
     maps: dict = field(default_factory=dict)
-    blend: dict = field(default_factory=dict)
-    masactrl: dict = field(default_factory=dict)
+    masks: dict = field(default_factory=dict)
 
     def __post_init__(self):
-        for name in ("maps", "masactrl"):
-            of_cpu = {step: tuple(t.cpu() for t in pair) for step, pair in getattr(self, name).items()}
-            object.__setattr__(self, name, of_cpu)
-        object.__setattr__(self, "blend", {step: mask.cpu() for step, mask in self.blend.items()})
+        object.__setattr__(self, "maps", _on_cpu(self.maps))
+        object.__setattr__(self, "masks", {name: _on_cpu(trace) for name, trace in self.masks.items()})
 
     def words(self):
         """The words of both prompts, each once, the source's first."""
@@ -68,3 +65,7 @@ class Seen:
             return None
         steps = self.maps if step is None else [step]
         return torch.stack([self.maps[s][k][:, its].sum(1) for s in steps]).mean(0)
+
+
+def _on_cpu(trace):
+    return {step: tuple(None if t is None else t.cpu() for t in pair) for step, pair in trace.items()}

@@ -1,23 +1,27 @@
-"""The source pass: what the controls read of the source is captured ahead of the target, several steps in one call."""
+"""The source pass: what a plan reads of the source is captured ahead of the target, several steps in one call."""
 
 import math
 
 import comfy.conds
 import comfy.model_management
+import comfy.patcher_extension
 import comfy.sampler_helpers
 import comfy.samplers
 import torch
+from comfy.samplers import CFGGuider
+from einops import rearrange
 
-from . import patches
-from .backbones import unet
-from .controls.p2p import require_cross
-from .edits import COND, NEGATIVE, SOURCE, UNCOND, Setting, Slot
+from .backbones.unet import AttentionCall, NetworkCall, UNet
+from .blocks import Layer
+from .edits import NEGATIVE, SOURCE, VALUE_PRESCRIBED, Slot, SourcePath
+from .plan import Plan
 from .store import AttentionStore, Origin, fingerprint
 
-# What a source conditioning keeps of its entry: the words, nothing that limits where or when they act.
+# Dropped from the source conditioning, so that it applies to the whole picture at every step.
 _LIMITS = ("control", "hooks", "gligen", "area", "mask", "strength", "default", "timestep_start", "timestep_end",
            "start_percent", "end_percent", "clip_start_percent", "clip_end_percent", "control_apply_to_uncond")
-# A source batch may take as much memory as the target's call, or this much, and not more than 16 steps.
+# A call of the source may take as much memory as the target's own call, or this much where that is little (a small
+# model's call costs more in overhead than in memory), at most a third of what is free, and not more than 16 steps.
 _FREE_BYTES, _MOST_STEPS = 256 * 2**20, 16
 
 
@@ -52,14 +56,31 @@ def _same_words(a, b):
     )
 
 
+def check_caches(options: dict):
+    """Refuse caches that skip evaluations of the network (EasyCache): nothing could be captured in those.
+
+    (LazyCache leaves out whole predictions of the sampler, which the source pass does not go through.)
+
+    Raises:
+        ValueError: what to do.
+    """
+    kind = comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL
+    if "easycache" in options.get("transformer_options", {}).get("wrappers", {}).get(kind, {}):
+        raise ValueError(
+            "EasyCache on the model leaves out evaluations, also of the source, whose attention is needed in every step. "
+            "Bypass it while attention control is connected, or use LazyCache."
+        )
+
+
 class SourcePass:
-    """What a chain of controls reads of a path, step by step, and the pass that captures it.
+    """Captures what a plan reads of a path.
 
     Args:
-        controls: `edits.Control`s in chain order.
+        plan: of the run.
+        backbone: of the model.
         guider: the running CFGGuider, whose `inner_model` and `conds` are set.
         path: the `Inversion` that is edited.
-        start, steps: first path step that runs, and how many.
+        start: first path step that runs.
         options: the run's `model_options`.
         latent_image, denoise_mask: as the sampler got them (for models that take them as input).
         store: where to capture; a kept one that is full replaces the pass.
@@ -67,46 +88,35 @@ class SourcePass:
         steps_at_once: steps in one call; 0 chooses by memory.
 
     Raises:
-        ValueError: another kind of model, a patch that skips evaluations, unknown blocks or words, or source prompts that
-            do not fit.
+        ValueError: source prompts that do not fit.
     """
 
-    def __init__(self, controls, guider, path, start, steps, options, latent_image=None, denoise_mask=None, store=None,
-                 batch_levels=True, steps_at_once=0):
-        require_cross(controls)
-        patches.check_caches(options)
-        self.controls, self.guider, self.path, self.start, self.steps = tuple(controls), guider, path, start, steps
+    def __init__(self, *, plan: Plan, backbone: UNet, guider: CFGGuider, path: SourcePath, start: int, options: dict,
+                 latent_image=None, denoise_mask=None, store: AttentionStore | None = None, batch_levels=True,
+                 steps_at_once=0):
+        self.plan, self.backbone, self.guider, self.path, self.start = plan, backbone, guider, path, start
         self.options, self.batch_levels, self.steps_at_once = options, batch_levels, steps_at_once
-        self.model, self.device = guider.inner_model, guider.model_patcher.load_device
-        self.layout = unet.layout(self.model.diffusion_model, type(self.model).__name__)
-        self.size, self.batch = tuple(path.latents.shape[-2:]), path.batch
-        self.branches = self._target_branches()
-        setting = Setting(self.layout, self.size, steps, self.batch, self.device)
-        self.bound = [control.bind(setting) for control in self.controls]
+        self.setting, self.model = plan.setting, guider.inner_model
         self.entries = self._source_entries(latent_image, denoise_mask)
         self.same = self._branches_equal()
         self.store = AttentionStore() if store is None else store
 
-    def _target_branches(self):
-        """Branches that the edit may touch."""
-        return COND, UNCOND
-
     def _source_entries(self, latent_image, denoise_mask):
         """{SOURCE: the encoded entry}; the negative's is the guider's, read when it is used."""
-        source = source_conditioning(self.controls)
+        source = source_conditioning(self.plan.controls)
         if source is None:
             return {}
         conds = {"positive": comfy.sampler_helpers.convert_cond(source)}
-        noise = torch.zeros(self.path.latents.shape[1:], device=self.device)
-        conds = comfy.samplers.process_conds(self.model, noise, conds, self.device, latent_image, denoise_mask)
+        noise = torch.zeros(self.path.latents.shape[1:], device=self.setting.device)
+        conds = comfy.samplers.process_conds(self.model, noise, conds, self.setting.device, latent_image, denoise_mask)
         entry = _plain(conds["positive"][0])
-        marked = [c for c in self.guider.conds.get("positive") or [] if "value_prescribed" in c]
+        marked = [c for c in self.guider.conds.get("positive") or [] if VALUE_PRESCRIBED in c]
         if marked:  # what the inversion prescribes for the positive's values is meant for the source as well
             entry["uuid"] = marked[0]["uuid"]
         return {SOURCE: entry}
 
-    def entry(self, branch):
-        """What the source pass evaluates for a branch."""
+    def entry(self, branch: str) -> dict:
+        """The encoded conditioning that is evaluated for a branch."""
         if branch in self.entries:
             return self.entries[branch]
         negative = [c for c in self.guider.conds.get("negative") or [] if "area" not in c]
@@ -126,57 +136,81 @@ class SourcePass:
         a, b = (self.entry(branch)["model_conds"] for branch in (SOURCE, NEGATIVE))
         return a.keys() == b.keys() and all(comfy.conds.is_equal(a[k].cond, b[k].cond) for k in a)
 
-    def reads(self, step):
-        """Slots that an executed step reads, by the branches' own names."""
-        out = set()
-        for layer in self.layout.layers:
-            for bound in self.bound:
-                for branch in self.branches:
-                    edit = bound.self_edit(step, layer, branch)
-                    if edit is not None:
-                        read = (("q", edit.q), ("k", edit.k), ("v", edit.v))
-                        out |= {Slot(source, "attn1", layer.key, name) for name, source in read if source}
-                cross = bound.cross_edit(step, layer)
-                if (cross is not None and cross.matrix is not None) or bound.word_maps(step, layer) is not None:
-                    out |= {Slot(SOURCE, "attn2", layer.key, name) for name in "qk"}
-        for guidance in filter(None, (bound.guidance(step) for bound in self.bound)):
-            out |= {Slot(guidance.source, "attn2", key, name) for key in guidance.layers for name in "qk"}
-        for block in self.layout.resblocks:
-            sources = {bound.feature_edit(step, block, branch) for bound in self.bound for branch in self.branches}
-            out |= {Slot(source, "feature", block.key, "h") for source in sources - {None}}
-        return out
-
-    def slot(self, branch, site, layer, name):
+    def slot(self, slot: Slot) -> Slot:
         """Where a tensor is kept: of two equal branches one is evaluated for both."""
-        return Slot(SOURCE if self.same and branch == NEGATIVE else branch, site, layer.key, name)
+        return slot._replace(branch=SOURCE) if self.same else slot
 
-    def needs(self, step):
+    def needs(self, step: int) -> set[Slot]:
         """Slots that have to be in the store for an executed step."""
-        return {slot._replace(branch=SOURCE) if self.same else slot for slot in self.reads(step)}
+        return {self.slot(slot) for slot in self.plan.at(step).reads}
 
-    def origin(self, steps):
-        """What a store is captured from that serves the given executed steps."""
-        branches = {slot.branch for step in steps for slot in self.reads(step)}
-        return Origin(fingerprint(self.path), self.path.model, {b: self._words(b) for b in sorted(branches)})
+    def fetch(self, step: int, slot: Slot, like: torch.Tensor) -> torch.Tensor:
+        """A captured tensor, on the device and in the dtype of `like`, the target's tensor at the same place.
 
-    def _words(self, branch):
+        Raises:
+            ValueError: it is of another shape than the target's.
+        """
+        tensor = usable(self.store.get(self.start + step, self.slot(slot), like))
+        if slot.name in "qh" and tensor.shape[1:] != like.shape[1:]:
+            raise ValueError(
+                f"The source's {'.'.join(map(str, slot.key))} {slot.site} {slot.name} is {list(tensor.shape[1:])}, the "
+                f"target's {list(like.shape[1:])}: the model's patches are not those that the attention store was "
+                "captured with. Capture it again."
+            )
+        return tensor
+
+    def origin(self, steps) -> Origin:
+        """The source of a store that serves the given executed steps."""
+        branches = {slot.branch for step in steps for slot in self.plan.at(step).reads}
+        return Origin(fingerprint(self.path), self.path.model, {b: self.words(b) for b in sorted(branches)})
+
+    def words(self, branch: str) -> torch.Tensor:
+        """The token embeddings of a branch, [1 or B, tokens, width]."""
         return self.entry(branch)["model_conds"]["c_crossattn"].cond
 
-    def shape(self, slot):
+    def shape(self, slot: Slot) -> tuple:
         """Of a slot's tensor: [B, tokens, width], or [B, width, h, w] of a feature. A model's patches may change the grid."""
         feature = slot.site == "feature"
-        layer = next(x for x in (self.layout.resblocks if feature else self.layout.layers) if x.key == slot.key)
-        grid = layer.grid(self.size)
+        layout = self.setting.layout
+        layer = next(x for x in (layout.resblocks if feature else layout.layers) if x.key == slot.key)
+        grid = layer.grid(self.setting.size)
         if feature:
-            return self.batch, layer.width, *grid
+            return self.setting.batch, layer.width, *grid
         words = slot.site == "attn2" and slot.name == "k"
-        return self.batch, self._words(slot.branch).shape[1] if words else math.prod(grid), layer.width
+        return self.setting.batch, self.words(slot.branch).shape[1] if words else math.prod(grid), layer.width
 
-    def nbytes(self, slots, itemsize):
+    def nbytes(self, slots, itemsize: int) -> int:
         """Memory that the slots of one step take."""
         return sum(math.prod(self.shape(slot)) * itemsize for slot in slots)
 
-    def ahead(self, first, needs=None):
+    def check(self, store: AttentionStore):
+        """Refuse a kept store that does not hold what the edit will read.
+
+        Raises:
+            ValueError: it is another picture's, lacks something, or is damaged.
+        """
+        steps = range(self.setting.steps)
+        if store.origin is not None:
+            origin = self.origin(steps)
+            store.origin.check(origin.path, origin.model, origin.prompts)
+        for step in steps:
+            missing = [slot for slot in self.needs(step) if not store.has(self.start + step, slot)]
+            if missing:
+                slot = sorted(missing)[0]
+                raise ValueError(
+                    f"The attention store does not hold what this edit reads at step {step + 1} of {len(steps)} "
+                    f"({'.'.join(map(str, slot.key))} {slot.site}, {slot.branch}). Capture it with the same controls, "
+                    "windows and skip, or with all_steps."
+                )
+            for slot in sorted(self.needs(step)):
+                has, wanted = store.shape(self.start + step, slot), self.shape(slot)
+                if not _fits(has, wanted, slot):
+                    raise ValueError(
+                        f"The attention store holds a tensor of {list(has)} for {'.'.join(map(str, slot.key))} {slot.site} "
+                        f"{slot.name}, where this model has {list(wanted)}: it is damaged. Capture it again."
+                    )
+
+    def ahead(self, first: int, needs=None) -> list[tuple[int, set[Slot]]]:
         """Pairs (step, slots) to evaluate in one call, from an executed step on.
 
         Args:
@@ -190,7 +224,7 @@ class SourcePass:
         most = self._steps_in_one_call(len(branches))
         if "value" in self.path.overrides or (NEGATIVE in branches and "negative" in self.path.overrides):
             most = 1  # they may be others at every step
-        for step in range(first + 1, min(first + most, self.steps)):
+        for step in range(first + 1, min(first + most, self.setting.steps)):
             more = needs(step)
             if {s.branch for s in more} != branches:
                 break
@@ -202,65 +236,100 @@ class SourcePass:
             return 1
         if self.steps_at_once:
             return self.steps_at_once
-        shape = [self.batch, *self.path.latents.shape[2:]]
+        shape = [self.setting.batch, *self.path.latents.shape[2:]]
         one = self.model.memory_required([branches * shape[0], *shape[1:]])
-        target = self.model.memory_required([len(self.branches) * shape[0], *shape[1:]])
-        free = comfy.model_management.get_free_memory(self.device)
+        target = self.model.memory_required([len(self.plan.branches) * shape[0], *shape[1:]])
+        free = comfy.model_management.get_free_memory(self.setting.device)
         return int(min(max(min(max(target, _FREE_BYTES), free / 3) // one, 1), _MOST_STEPS))
 
-    def fill(self, wanted):
+    def fill(self, wanted: list[tuple[int, set[Slot]]]):
         """Evaluate the source at some steps and capture.
 
         Args:
-            wanted: pairs (position, slots).
+            wanted: pairs (step, slots).
 
         Raises:
             ValueError: something of it did not run.
         """
-        everything = set().union(*(slots for _, slots in wanted))
-        branches = sorted({slot.branch for slot in everything}, reverse=True)
-        if not branches:
+        capture = _Capture(self, wanted)
+        if not capture.branches:
             return
+        layout = self.setting.layout
+        options = self.backbone.install(
+            self.options,
+            self_attention=(capture.at(layout.layers, "attn1"), capture.self_attention),
+            cross_attention=(capture.at(layout.layers, "attn2"), capture.cross_attention),
+            features=(capture.at(layout.resblocks, "feature"), capture.feature),
+        )
         steps = [self.start + step for step, _ in wanted]
-
-        def keep(slot, tensor, parts):
-            """Store rows [chunks, steps, B, ...] of the chunk that is the slot's branch."""
-            part = tensor.unflatten(0, (len(parts), len(wanted), self.batch))
-            for (step, slots), rows in zip(wanted, part[parts.index(branches.index(slot.branch))]):
-                if slot in slots:
-                    self.store.put(self.start + step, slot, rows)
-
-        def take(site, layer, tensors, extra):
-            parts = list(extra["cond_or_uncond"])
-            for slot in everything:
-                if slot.site == site and slot.key == layer.key and branches.index(slot.branch) in parts:
-                    tensor = tensors[slot.name]
-                    if site == "attn2" and slot.name == "k":  # a shorter prompt is repeated to a longer one's length
-                        tensor = tensor[:, : self.entry(slot.branch)["model_conds"]["c_crossattn"].cond.shape[1]]
-                    keep(slot, tensor, parts)
-
-        def capture(site):
-            def work(layer, q, k, v, extra, previous):
-                patches.check_tokens(q, len(extra["cond_or_uncond"]) * len(wanted) * self.batch, extra)
-                take(site, layer, {"q": q, "k": k, "v": v}, extra)
-                return previous(q, k, v, extra) if previous else patches.attention(q, k, v, extra)
-
-            return [x for x in self.layout.layers if any((s.site, s.key) == (site, x.key) for s in everything)], work
-
-        blocks = [x for x in self.layout.resblocks if any((s.site, s.key) == ("feature", x.key) for s in everything)]
-        features = blocks, lambda block, h, extra: take("feature", block, {"h": h}, extra)
-        options = patches.install(self.options, capture("attn1"), capture("attn2"), features)
-        y = torch.cat([self.path.latents[i] for i in steps]).to(self.device)
-        sigma = self.path.sigmas[steps].repeat_interleave(self.batch).to(self.device)
+        y = torch.cat([self.path.latents[i] for i in steps]).to(self.setting.device)
+        sigma = self.path.sigmas[steps].repeat_interleave(self.setting.batch).to(self.setting.device)
         if hasattr(self.guider, "rows"):
-            self.guider.rows += len(y) * len(branches)
-        comfy.samplers.calc_cond_batch(self.model, [[self.entry(b)] for b in branches], y, sigma, options)
+            self.guider.rows += len(y) * len(capture.branches)
+        conds = [[self.entry(branch)] for branch in capture.branches]
+        comfy.samplers.calc_cond_batch(self.model, conds, y, sigma, options)
         missing = [slot for step, slots in wanted for slot in sorted(slots) if not self.store.has(self.start + step, slot)]
         if missing:
             raise ValueError(
                 f"The source's attention could not be captured ({'.'.join(map(str, missing[0].key))} {missing[0].site}): a "
                 "patch on the model skips or replaces parts of the U-Net. Bypass it while attention control is connected."
             )
+
+
+class _Capture:
+    """One call of the network on the source at several steps: its work functions keep what is wanted.
+
+    Rows come as [chunks, steps, B]: a chunk is a branch, by its place in `branches`.
+    """
+
+    def __init__(self, source: SourcePass, wanted: list[tuple[int, set[Slot]]]):
+        self.source, self.wanted = source, wanted
+        self.slots = set().union(*(slots for _, slots in wanted))
+        self.branches = sorted({slot.branch for slot in self.slots}, reverse=True)
+        self.rows = len(wanted) * source.setting.batch  # of one branch
+
+    def at(self, layers, site):
+        """The layers at which something is wanted."""
+        keys = {slot.key for slot in self.slots if slot.site == site}
+        return [layer for layer in layers if layer.key in keys]
+
+    def self_attention(self, layer: Layer, q, k, v, call: AttentionCall):
+        call.check_rows(q, len(call.parts) * self.rows)
+        self._keep("attn1", layer, {"q": q, "k": k, "v": v}, call)
+        return call(q, k, v)
+
+    def cross_attention(self, layer: Layer, q, k, v, call: AttentionCall):
+        call.check_rows(q, len(call.parts) * self.rows)
+        self._keep("attn2", layer, {"q": q, "k": k, "v": v}, call)
+        return call(q, k, v)
+
+    def feature(self, block: Layer, h, call: NetworkCall):
+        self._keep("feature", block, {"h": h}, call)
+
+    def _keep(self, site, layer, tensors, call):
+        for slot in self.slots:
+            if slot.site != site or slot.key != layer.key or self.branches.index(slot.branch) not in call.parts:
+                continue
+            tensor = tensors[slot.name]
+            if site == "attn2" and slot.name == "k":  # a shorter prompt is repeated to a longer one's length
+                tensor = tensor[:, : self.source.words(slot.branch).shape[1]]
+            steps = rearrange(tensor, "(chunk step b) ... -> chunk step b ...", chunk=len(call.parts), step=len(self.wanted))
+            for (step, slots), rows in zip(self.wanted, steps[call.parts.index(self.branches.index(slot.branch))]):
+                if slot in slots:
+                    self.source.store.put(self.source.start + step, slot, rows)
+
+
+def usable(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, cloned where autograd is on and it is an inference tensor (which autograd cannot save)."""
+    return tensor.clone() if torch.is_grad_enabled() and tensor.is_inference() else tensor
+
+
+def _fits(has, wanted, slot):
+    """Whether a tensor's shape can be a slot's; patches that scale features within the U-Net change height and width."""
+    if slot.site == "feature":
+        return len(has) == 4 and has[:2] == wanted[:2]
+    same = len(has) == 3 and (has[0], has[2]) == (wanted[0], wanted[2])
+    return same and (slot.name != "k" or slot.site == "attn1" or has == wanted)
 
 
 def _plain(entry):

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 
 import torch
 
-from .edits import Slot
+from .edits import Slot, SourcePath
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What a kept store was captured from; it serves nothing else.
+    """The source of a kept store, which serves no other.
 
     Attributes:
         path: fingerprint of the path's latents and sigmas.
@@ -49,7 +49,7 @@ def _close(a, b):
     return a.shape == b.shape and torch.allclose(a, b, atol=1e-2 * float(a.abs().max()) + 1e-6)
 
 
-def fingerprint(path):
+def fingerprint(path: SourcePath) -> str:
     """A text that is equal for equal paths (`Inversion.latents` and `.sigmas`)."""
     digest = hashlib.sha256()
     for tensor in (path.sigmas, path.latents):
@@ -69,19 +69,19 @@ class AttentionStore:
         self.device, self.dtype, self.origin = device, dtype, origin
         self._steps = {}
 
-    def put(self, step, slot, tensor):
+    def put(self, step: int, slot: Slot, tensor: torch.Tensor):
         """Keep a copy of a tensor (never a view: a view would hold the whole batch it lies in)."""
         kept = torch.empty(tensor.shape, dtype=self.dtype or tensor.dtype, device=self.device or tensor.device)
         self._steps.setdefault(step, {})[slot] = kept.copy_(tensor)
 
-    def get(self, step, slot, like):
+    def get(self, step: int, slot: Slot, like: torch.Tensor) -> torch.Tensor:
         """The tensor, on the device and in the dtype of `like`."""
         return self._steps[step][slot].to(device=like.device, dtype=like.dtype)
 
-    def has(self, step, slot):
+    def has(self, step: int, slot: Slot) -> bool:
         return slot in self._steps.get(step, ())
 
-    def shape(self, step, slot):
+    def shape(self, step: int, slot: Slot) -> tuple:
         """Shape of a tensor that is held."""
         return tuple(self._steps[step][slot].shape)
 

@@ -1,1 +1,1 @@
-"""The small demo model: its world of drawn scenes, its weights, its training and its evaluation."""
+"""The small demo model: its world of drawn scenes and its weights. Training and evaluation are in tools/training."""

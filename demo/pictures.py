@@ -1,16 +1,12 @@
 """The demo pictures: held-out scenes as files, and everything that is true about them.
 
-    python -m demo.pictures        # draws demo/images/*.png and demo/images/truth.json again
-
 `truth.json` holds for every file its scene (so masks and the true picture of an edit can be drawn), its caption and
-the edit that `tools/demo_run.py` asks for. Needs numpy and Pillow.
+the edit that `tools/demo_run.py` asks for; `tools/demo_pictures.py` makes it and the files. Needs numpy.
 """
 
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
-
-import numpy as np
 
 from . import captions, scenes
 
@@ -100,21 +96,3 @@ def draw(entry, scene=None):
 def load(folder=FOLDER):
     """All entries of truth.json."""
     return json.loads((folder / "truth.json").read_text("utf-8"))
-
-
-def main():
-    from PIL import Image
-
-    FOLDER.mkdir(exist_ok=True)
-    entries = [truth(*row) for row in PICTURES]
-    for entry in entries:
-        if not scenes.held_out(scene_of(entry)):
-            raise SystemExit(f"{entry['file']} shows a combination that the model was trained on.")
-        picture = np.rint(draw(entry)[0] * 255).astype(np.uint8)
-        Image.fromarray(picture).save(FOLDER / entry["file"], optimize=True)
-    (FOLDER / "truth.json").write_text(json.dumps(entries, indent=1) + "\n", "utf-8")
-    print(f"{FOLDER}: {len(entries)} pictures")
-
-
-if __name__ == "__main__":
-    main()

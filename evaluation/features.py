@@ -69,7 +69,7 @@ def clip_score(picture, words, clip):
 
 
 def edited_part(picture, mask, plain):
-    """What CLIP sees of the edited part.
+    """The edited part as CLIP sees it.
 
     Args:
         picture: uint8 [3, H, W].

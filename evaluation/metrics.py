@@ -24,7 +24,7 @@ NO_NETWORKS = "No networks were given, and this metric needs one."
 
 @dataclass(frozen=True)
 class About:
-    """What a table needs to know of a metric.
+    """A metric as tables show it.
 
     Attributes:
         doc: one line.

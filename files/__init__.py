@@ -1,1 +1,1 @@
-"""What is saved and loaded: tensor files, the formats of inversions and attention stores, safe places."""
+"""Saving and loading: tensor files, the formats of inversions and attention stores, safe places."""

@@ -1,4 +1,4 @@
-"""What the pack's own kinds of files have in common: a name and a version in the header, and whole sentences."""
+"""The pack's own kinds of files: a name and a version in the header, and errors as whole sentences."""
 
 import contextlib
 import os
@@ -36,7 +36,7 @@ class FileKind:
 
     @property
     def metadata(self):
-        """What the metadata of a new file begin with."""
+        """The first entries of a new file's metadata."""
         return {"format": self.format, "version": str(self.version)}
 
     def open(self, path):

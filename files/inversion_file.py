@@ -96,19 +96,27 @@ def load(path, make_latent_format):
         ValueError: a sentence that says what is wrong with the file.
     """
     with KIND.refusals(path), KIND.open(path) as file:
-        words, entries, settings, latent_format = _header(file, make_latent_format)
+        header, entries, settings, latent_format = _header(file, make_latent_format)
         digest = hashlib.sha256()
         tensors = {}
         for name in sorted(entries):
             _describe_to(digest, name, entries[name].dtype, entries[name].shape)
             tensors[name] = file.read(entries[name], digest)
-        if digest.hexdigest() != words["sha256"]:
+        if digest.hexdigest() != header["sha256"]:
             raise ValueError("its numbers are not those that were saved: it is damaged")
         _check_levels(tensors["sigmas"], tensors["etas"])
         overrides = {n.removeprefix("overrides."): t for n, t in tensors.items() if n.startswith("overrides.")}
         return Inversion(
-            tensors["sigmas"], tensors["latents"], tensors.get("residuals"), tensors["etas"], words["family"],
-            words["model"], words["method"], settings, overrides, latent_format,
+            sigmas=tensors["sigmas"],
+            latents=tensors["latents"],
+            residuals=tensors.get("residuals"),
+            etas=tensors["etas"],
+            family=header["family"],
+            model=header["model"],
+            method=header["method"],
+            settings=settings,
+            overrides=overrides,
+            latent_format=latent_format,
         )
 
 
@@ -119,11 +127,11 @@ def check(path, make_latent_format):
 
 
 def _header(file, make_latent_format):
-    """What a file says about itself, checked: metadata, entries, settings, latent format."""
-    words = _words(file)
+    """The header, checked: metadata, entries, settings, latent format."""
+    header = _words(file)
     entries = file.entries()
-    _check_shapes(entries, words["dtype"])
-    return words, entries, _settings(words), _latent_format(words, entries["latents"].shape[2], make_latent_format)
+    _check_shapes(entries, header["dtype"])
+    return header, entries, _settings(header), _latent_format(header, entries["latents"].shape[2], make_latent_format)
 
 
 def source_hash(inversion):
@@ -132,7 +140,7 @@ def source_hash(inversion):
 
 
 def rounding(inversion, stored):
-    """What it costs to store an inversion as `stored`, predictions of the model held fixed.
+    """The error of storing an inversion as `stored`, predictions of the model held fixed.
 
     The update is linear, so the error of a replay follows `e_{i+1} = keep * e_i + (R~_i - R_i)`, `e_0 = y~_0 - y_0`.
 
@@ -170,32 +178,32 @@ def _size(error, exact):
 
 def _words(file):
     """The metadata of an inversion, checked as far as they do not depend on the tensors."""
-    words = file.metadata
-    KIND.check_version(words)
-    missing = [n for n in (*_WORDS, "dtype", "latent_format", "settings", "sha256") if n not in words]
+    header = file.metadata
+    KIND.check_version(header)
+    missing = [n for n in (*_WORDS, "dtype", "latent_format", "settings", "sha256") if n not in header]
     if missing:
         raise ValueError(f"its header lacks '{missing[0]}'")
-    if not all(words[n].isprintable() and 0 < len(words[n]) <= 500 for n in _WORDS):
+    if not all(header[n].isprintable() and 0 < len(header[n]) <= 500 for n in _WORDS):
         raise ValueError("its header does not say in plain words what made it")
-    if words["family"] not in FAMILIES:
+    if header["family"] not in FAMILIES:
         raise ValueError("it is of a family of models that this version does not know")
-    if words["dtype"] not in ("float32", "float16"):
+    if header["dtype"] not in ("float32", "float16"):
         raise ValueError("its numbers are neither float32 nor float16")
-    return words
+    return header
 
 
-def _settings(words):
-    settings = parse(words["settings"], "settings")
+def _settings(header):
+    settings = parse(header["settings"], "settings")
     if not isinstance(settings, dict):
         raise ValueError("its settings cannot be read")
-    own = {"source_prompt": words["source_prompt"]} if "source_prompt" in words else {}
-    if words["dtype"] == "float16" and "rounding" in words:
-        own["float16"] = parse(words["rounding"], "header")
+    own = {"source_prompt": header["source_prompt"]} if "source_prompt" in header else {}
+    if header["dtype"] == "float16" and "rounding" in header:
+        own["float16"] = parse(header["rounding"], "header")
     return {k: v for k, v in settings.items() if k != "source_prompt"} | own
 
 
-def _latent_format(words, channels, make):
-    latent_format = make(parse(words["latent_format"], "latent format"))
+def _latent_format(header, channels, make):
+    latent_format = make(parse(header["latent_format"], "latent format"))
     if getattr(latent_format, "latent_channels", channels) != channels:
         raise ValueError(f"its latents have {channels} channels, its latent format {latent_format.latent_channels}")
     return latent_format
@@ -266,7 +274,7 @@ def _json(value):
 
 
 def _values(value):
-    """What JSON can hold. Numbers that are not finite become None."""
+    """A value as JSON can hold it. Numbers that are not finite become None."""
     if isinstance(value, dict):
         return {str(k): _values(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):

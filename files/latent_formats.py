@@ -3,7 +3,7 @@
 import comfy.latent_formats
 import torch
 
-# What instances of one class differ in; everything else belongs to the class.
+# Attributes in which instances of one class differ; everything else belongs to the class.
 _STATE = ("scale_factor", "latent_rgb_factors", "latent_rgb_factors_bias")
 _own = {}  # classes of this pack by name, see `register`
 

@@ -25,7 +25,7 @@ from .inversion_file import STEP_LIMIT
 KIND = FileKind(
     "ledits-attention-store", 1, ".ledits-store.safetensors", "attention store", "an inversion or a checkpoint",
     "Choose a file that Save Attention Store has written, or capture again.",
-    # What all controls together read of SDXL's 70 layers has 600 names, and a header of 80 kB.
+    # All controls together read 600 tensors of SDXL's 70 layers: a header of 80 kB.
     header_limit=128 * 1024, tensor_limit=1024,
 )
 _NUMBER = "(?:0|[1-9][0-9]{0,3})"
@@ -139,7 +139,7 @@ def check(path):
 
 
 def _header(file):
-    """What a file says about itself, checked: metadata, entries, and the steps of every captured tensor."""
+    """The header, checked: metadata, entries, and the steps of every captured tensor."""
     words = file.metadata
     KIND.check_version(words)
     if not words.get("model", "").isprintable() or not 0 < len(words.get("model", "")) <= 500:

@@ -78,13 +78,26 @@ def _p2p(prompts, cross_replace_steps, self_replace_steps, uncond_self_replace_s
          self_replace_start=0.0, self_blocks="p2p", cross_blocks="all", blend_blocks="words", attention=None):
     blend = None
     if widget_text.phrases(blend_words):
-        blend = LocalBlend(widget_text.phrases(blend_words), widget_text.phrases(substruct_words), threshold, threshold, start_blend,
-                           blend_blocks)
+        blend = LocalBlend(
+            words=widget_text.phrases(blend_words),
+            substruct_words=widget_text.phrases(substruct_words),
+            threshold=threshold,
+            substruct_threshold=threshold,
+            start=start_blend,
+            blocks=blend_blocks,
+        )
     elif widget_text.phrases(substruct_words):
         raise ValueError("substruct_words take away from the place of blend_words: write those too.")
     control = PromptToPrompt(
-        prompts, None, (cross_replace_start, cross_replace_steps), widget_text.windows(word_steps), widget_text.factors(equalizer),
-        (self_replace_start, self_replace_steps), (0.0, uncond_self_replace_steps), cross_blocks, self_blocks, blend,
+        prompts=prompts,
+        cross=(cross_replace_start, cross_replace_steps),
+        words=widget_text.windows(word_steps),
+        equalizer=widget_text.factors(equalizer),
+        self_=(self_replace_start, self_replace_steps),
+        uncond_self=(0.0, uncond_self_replace_steps),
+        cross_blocks=cross_blocks,
+        self_blocks=self_blocks,
+        blend=blend,
     )
     control.check()
     return io.NodeOutput((*(attention or ()), control))
@@ -167,8 +180,17 @@ class MasaCtrlNode(io.ComfyNode):
                 target_mask=None, source_words="", target_words="", threshold=0.1, end_step=1.0, word_blocks="words",
                 attention=None):
         control = MasaCtrl(
-            prompts, source, (start_step, end_step), start_layer, target_keys, source_mask, target_mask,
-            widget_text.phrases(source_words), widget_text.phrases(target_words), threshold, word_blocks,
+            prompts=prompts,
+            source=source,
+            window=(start_step, end_step),
+            blocks=start_layer,
+            own_keys=target_keys,
+            source_mask=source_mask,
+            target_mask=target_mask,
+            source_words=widget_text.phrases(source_words),
+            target_words=widget_text.phrases(target_words),
+            threshold=threshold,
+            map_blocks=word_blocks,
         )
         control.check()
         return io.NodeOutput((*(attention or ()), control))
@@ -200,7 +222,14 @@ class PlugAndPlayNode(io.ComfyNode):
     @classmethod
     def execute(cls, pnp_f_t, pnp_attn_t, prompts=None, source=None, feature_blocks="pnp_features",
                 attention_blocks="pnp", attention=None):
-        control = PlugAndPlay(prompts, source, (0.0, pnp_f_t), (0.0, pnp_attn_t), feature_blocks, attention_blocks)
+        control = PlugAndPlay(
+            prompts=prompts,
+            source=source,
+            features=(0.0, pnp_f_t),
+            attention=(0.0, pnp_attn_t),
+            feature_blocks=feature_blocks,
+            attention_blocks=attention_blocks,
+        )
         return io.NodeOutput((*(attention or ()), control))
 
 

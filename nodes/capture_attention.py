@@ -3,7 +3,7 @@
 import torch
 from comfy_api.latest import io
 
-from ..attention_hooks.backbones import unet
+from ..attention_hooks.backbones.unet import UNet
 from ..attention_hooks.source_pass import source_conditioning
 from ..samplers import models
 from ..samplers.capture_sampler import CaptureSampler
@@ -45,7 +45,7 @@ class CaptureAttention(io.ComfyNode):
     @classmethod
     def execute(cls, model, negative, inversion, attention, skip, precision="float16", all_steps=False):
         models.check(model, inversion)
-        unet.layout(model.get_model_object("diffusion_model"), type(model.model).__name__)
+        UNet(model.get_model_object("diffusion_model"), type(model.model).__name__)
         sigmas = sigmas_after(inversion, skip)
         sampler = CaptureSampler(inversion, attention, DTYPES[precision], all_steps)
         guider = LeditsGuider(model, source_conditioning(attention) or negative, negative, 1.0)

@@ -1,34 +1,28 @@
-"""DDIM inversion and what is made of it; SDEdit; proximal guidance."""
+"""DDIM inversion and the inversions that are made of it."""
 
 import logging
 from dataclasses import replace
 
-import comfy.model_management
-import torch
 from comfy_api.latest import io
 
 from ..samplers import models
 from ..samplers.guider import LeditsGuider
 from ..samplers.inverters import DDIMInverter, SourceBranch, TargetOffset
-from ..samplers.methods import ddim, proximal
-from ..samplers.methods.edit_friendly import draw_noise
+from ..samplers.methods import ddim
 from ..samplers.methods.negative_prompt import with_source_as_negative
-from ..samplers.methods.record import Inversion
-from . import sockets
-from .edit_friendly_inversion import (
+from . import feedback
+from .inversion_inputs import (
     CATEGORY,
-    latent_input,
     level_inputs,
     noise_levels,
     outputs,
     picture,
-    report,
+    regularisation,
+    regularisation_input,
     run,
-    seed_input,
     sigmas_input,
     source_inputs,
 )
-from .pix2pix_zero_edit import regularisation, regularisation_input
 
 
 def _cfg():
@@ -65,7 +59,7 @@ def _path():
     )
 
 
-class _Found:
+class DdimPath:
     """A DDIM path while a node makes it; `then` runs a further SAMPLER over it."""
 
     def __init__(self, model, prompts, latent, cfg, levels, precision, method, regularise=None, **settings):
@@ -82,7 +76,15 @@ class _Found:
         self.rows, self.inversion = 0, None
         settings = {"cfg": cfg, "scheduler": scheduler, "convention": convention, "refinements": refinements,
                     "tolerance": tolerance, **settings}
-        self.then(DDIMInverter(convention, refinements, tolerance, method, settings, regularise), cfg)
+        inverter = DDIMInverter(
+            convention=convention,
+            refinements=refinements,
+            tolerance=tolerance,
+            method=method,
+            settings=settings,
+            regularise=regularise,
+        )
+        self.then(inverter, cfg)
 
     def then(self, sampler, cfg):
         guider = LeditsGuider(self.model, *self.prompts, cfg)
@@ -96,7 +98,7 @@ class _Found:
             self.then(SourceBranch(self.inversion, method=f"{self.inversion.method}, re-simulated"), path["edit_cfg"])
 
     def output(self):
-        return io.NodeOutput(self.inversion, {"samples": self.x_T}, ui=report(self, self.inversion.steps))
+        return io.NodeOutput(self.inversion, {"samples": self.x_T}, ui=feedback.costs(self.rows, self.inversion.steps))
 
 
 class DDIMInversion(io.ComfyNode):
@@ -117,10 +119,10 @@ class DDIMInversion(io.ComfyNode):
     def execute(cls, model, positive, negative, latent, cfg, steps, scheduler, refinements, tolerance, convention, path,
                 sigmas=None, noise_regularisation=None):
         regularise, chosen = regularisation(noise_regularisation)
-        found = _Found(model, (positive, negative), latent, cfg, (steps, scheduler, sigmas),
+        made = DdimPath(model, (positive, negative), latent, cfg, (steps, scheduler, sigmas),
                        (refinements, tolerance, convention), "DDIM", regularise, **chosen)
-        found.simulate(path)
-        return found.output()
+        made.simulate(path)
+        return made.output()
 
 
 class DirectInversion(io.ComfyNode):
@@ -161,14 +163,14 @@ class DirectInversion(io.ComfyNode):
     def execute(cls, model, positive, negative, latent, cfg, steps, scheduler, refinements, tolerance, convention,
                 ablation, sigmas=None):
         chosen = ablation["ablation"]
-        found = _Found(model, (positive, negative), latent, cfg, (steps, scheduler, sigmas),
+        made = DdimPath(model, (positive, negative), latent, cfg, (steps, scheduler, sigmas),
                        (refinements, tolerance, convention), "Direct", **ablation)
         if chosen == "target side":
-            found.then(TargetOffset(found.inversion, method="Direct, target side"), ablation["edit_cfg"])
+            made.then(TargetOffset(made.inversion, method="Direct, target side"), ablation["edit_cfg"])
         elif chosen != "none":
             scale, every = ablation.get("scale", 1.0), ablation.get("every", 1)
-            found.then(SourceBranch(found.inversion, scale, every, f"Direct, {chosen}"), ablation["edit_cfg"])
-        return found.output()
+            made.then(SourceBranch(made.inversion, scale, every, f"Direct, {chosen}"), ablation["edit_cfg"])
+        return made.output()
 
 
 class NegativePromptInversion(io.ComfyNode):
@@ -194,87 +196,11 @@ class NegativePromptInversion(io.ComfyNode):
     @classmethod
     def execute(cls, model, positive, negative, latent, cfg, steps, scheduler, refinements, tolerance, convention, path,
                 interpolation, sigmas=None):
-        found = _Found(model, (positive, negative), latent, cfg, (steps, scheduler, sigmas),
+        made = DdimPath(model, (positive, negative), latent, cfg, (steps, scheduler, sigmas),
                        (refinements, tolerance, convention), "negative-prompt", interpolation=interpolation)
-        found.inversion = with_source_as_negative(found.inversion, positive, negative, interpolation)
-        found.simulate(path)
-        return found.output()
+        made.inversion = with_source_as_negative(made.inversion, positive, negative, interpolation)
+        made.simulate(path)
+        return made.output()
 
 
-class SDEditPath(io.ComfyNode):
-    rows = 0
-
-    @classmethod
-    def define_schema(cls):
-        return io.Schema(
-            node_id="LEDITS_SDEditPath",
-            display_name="SDEdit Path",
-            category=CATEGORY,
-            description="A picture with more and more of one noise, without any inversion (SDEdit, arXiv 2108.01073): "
-            "image-to-image as a path like any other. Its strength is the sampler's skip.",
-            search_aliases=["img2img", "sdedit", "image to image"],
-            inputs=[
-                io.Model.Input("model", tooltip="The model that will make the edit."),
-                latent_input(), *level_inputs(), seed_input(), sigmas_input(),
-            ],
-            outputs=outputs(),
-        )
-
-    @classmethod
-    def execute(cls, model, latent, steps, scheduler, seed, sigmas=None):
-        family, sigmas = models.family(model), noise_levels(model, scheduler, steps, sigmas)
-        y0 = model.model.process_latent_in(picture(model, latent).float().cpu())
-        latents = ddim.one_noise_path(y0, sigmas, draw_noise(y0.shape, 1, seed)[0])
-        inversion = Inversion(
-            sigmas, latents, None, torch.zeros(len(sigmas) - 1), family, models.describe(model), "SDEdit",
-            {"seed": seed, "scheduler": scheduler}, latent_format=model.model.latent_format,
-        )
-        x_T = model.model.process_latent_out(latents[0]).to(comfy.model_management.intermediate_device())
-        return io.NodeOutput(inversion, {"samples": x_T}, ui=report(cls, inversion.steps))
-
-
-class ProximalGuidance(io.ComfyNode):
-    @classmethod
-    def define_schema(cls):
-        return io.Schema(
-            node_id="LEDITS_ProximalGuidance",
-            display_name="Proximal Guidance",
-            category="LEDITS/guidance",
-            description="Lets guidance act only where it is strong, so that an edit leaves the rest of the picture "
-            "alone (arXiv 2306.05414). Made for Negative-Prompt Inversion; works with every sampler at a cfg above 1.",
-            search_aliases=["proximal", "npi", "threshold guidance"],
-            inputs=[
-                io.Model.Input("model", tooltip="The model that makes the edit."),
-                io.Float.Input("quantile", default=0.5, min=0.0, max=0.999, step=0.01, round=0.001,
-                               tooltip="Share of the guidance that is left out, the weakest. More keeps more of the "
-                               "picture. The paper's 0.75 counts the source beside the edit and is 0.5 here."),
-                io.Combo.Input("kind", options=list(proximal.KINDS),
-                               tooltip="soft weakens all guidance by the threshold (the paper's), hard leaves what "
-                               "exceeds it as it is, for a stronger edit with harder borders."),
-                sockets.Inversion.Input("inversion", optional=True,
-                                        tooltip="The source, to hold what is not edited to. Needed for hold only."),
-                io.Combo.Input("hold", options=list(proximal.HOLDS), optional=True, advanced=True,
-                               tooltip="Where nothing is edited: draw the prediction to the picture (reconstruction "
-                               "guidance), or each step to the path (inversion guidance)."),
-                io.Float.Input("strength", default=0.1, min=0.0, max=1.0, step=0.01, optional=True, advanced=True,
-                               tooltip="How strongly to hold. 1 puts the source in the place of what is not edited."),
-                io.Float.Input("start", default=0.6, min=0.0, max=1.0, step=0.01, optional=True, advanced=True,
-                               tooltip="Share of the noise schedule after which to hold. 0 holds from the beginning."),
-                io.Int.Input("radius", default=1, min=0, max=64, optional=True, advanced=True,
-                             tooltip="How far around the edit nothing is held, in latent pixels (8 of the picture's)."),
-            ],
-            outputs=[io.Model.Output(display_name="model", tooltip="The model with proximal guidance.")],
-        )
-
-    @classmethod
-    def execute(cls, model, quantile, kind, inversion=None, hold="nothing", strength=0.1, start=0.6, radius=1):
-        level = float(model.get_model_object("model_sampling").percent_to_sigma(start))
-        guidance = proximal.Proximal(quantile, kind, hold, inversion, strength, level, radius)
-        if hold != "nothing":
-            models.check(model, inversion)
-        patched = model.clone()
-        patched.set_model_sampler_pre_cfg_function(guidance)
-        return io.NodeOutput(patched)
-
-
-NODES = [DDIMInversion, DirectInversion, NegativePromptInversion, SDEditPath, ProximalGuidance]
+NODES = [DDIMInversion, DirectInversion, NegativePromptInversion]

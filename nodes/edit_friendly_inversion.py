@@ -1,88 +1,23 @@
-"""Inversion nodes: a picture becomes a path of latents."""
+"""Edit-friendly DDPM inversion, the inversion of LEDITS."""
 
-import comfy.model_management
-import comfy.sample
-import comfy.samplers
 import torch
 from comfy_api.latest import io
 
 from ..samplers import models
 from ..samplers.guider import LeditsGuider
 from ..samplers.inverters import EditFriendlyInverter
-from ..samplers.methods.record import check_latent, check_sigmas
-from . import feedback, sockets
 from .feedback import report
-
-CATEGORY = "LEDITS/inversion"
-
-
-def noise_levels(model, scheduler, steps, sigmas=None):
-    """The SIGMAS of an inversion node: those connected, or the scheduler's.
-
-    Raises:
-        ValueError: levels that no path can run on.
-    """
-    if sigmas is None:
-        sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), scheduler, steps)
-    check_sigmas(sigmas)
-    return sigmas.float().cpu()
-
-
-def source_inputs():
-    """What an inversion begins with."""
-    return [
-        io.Model.Input("model", tooltip="The model that will also make the edit."),
-        io.Conditioning.Input("positive", tooltip="Source prompt: what the picture shows. An empty prompt works too."),
-        io.Conditioning.Input("negative", tooltip="Usually the empty prompt."),
-        latent_input(),
-    ]
-
-
-def latent_input():
-    return io.Latent.Input("latent", tooltip="The picture, from VAE Encode. Batches are inverted together.")
-
-
-def level_inputs():
-    """The noise levels of a path."""
-    return [
-        io.Int.Input("steps", default=50, min=1, max=1000,
-                     tooltip="Steps of the whole path; the edit runs on the same ones."),
-        io.Combo.Input("scheduler", options=comfy.samplers.SCHEDULER_NAMES, default="ddim_uniform",
-                       tooltip="Spacing of the noise levels. ddim_uniform is the papers'."),
-    ]
-
-
-def seed_input():
-    return io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True,
-                        tooltip="Noise of the path. Every seed reproduces the picture; edits vary a little.")
-
-
-def sigmas_input():
-    return io.Sigmas.Input("sigmas", optional=True,
-                           tooltip="Noise levels of your own, descending. Replaces steps and scheduler.")
-
-
-def outputs():
-    return [
-        sockets.Inversion.Output(display_name="inversion", tooltip="The path, for a LEDITS sampler."),
-        io.Latent.Output(display_name="x_T", tooltip="The noisiest latent, where an unskipped edit begins."),
-    ]
-
-
-def picture(model, latent):
-    """The picture of a LATENT, [B, C, H, W].
-
-    Raises:
-        ValueError: it cannot be inverted.
-    """
-    samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
-    check_latent(samples, model.model.latent_format)
-    return samples
-
-
-def run(guider, inverter, samples, sigmas, seed=0):
-    """Run a SAMPLER of `samplers.inverters`; `x_T` on the device of all LATENTs."""
-    return feedback.sample(guider, inverter, samples, sigmas, seed=seed).to(comfy.model_management.intermediate_device())
+from .inversion_inputs import (
+    CATEGORY,
+    level_inputs,
+    noise_levels,
+    outputs,
+    picture,
+    run,
+    seed_input,
+    sigmas_input,
+    source_inputs,
+)
 
 
 class EditFriendlyInversion(io.ComfyNode):

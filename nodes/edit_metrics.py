@@ -12,8 +12,9 @@ from comfy_api.latest import io, ui
 from PIL import Image
 
 from ..evaluation import metrics, networks, table
+from ..files.places import inside, relative
 from .drawing.card import Card
-from .inversion_files import inside, relative, show
+from .feedback import show
 
 CARDS = 16  # pictures of a batch that are drawn
 ROWS = (  # of the card

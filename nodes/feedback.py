@@ -1,4 +1,4 @@
-"""What a node shows while it works: progress and previews as the stock samplers do, and the phase in words."""
+"""Feedback of a node at work: progress and previews as of the stock samplers, and the phase in words."""
 
 import comfy.utils
 import latent_preview
@@ -9,13 +9,21 @@ from comfy_execution.utils import get_executing_context
 def tell(text):
     """Show a line on the node that is being executed, where there is a server to show it."""
     context = get_executing_context()
-    if context is None:
-        return
+    if context is not None and (server := _server()) is not None:
+        server.send_progress_text(text, context.node_id, server.client_id)
+
+
+def show(node, text):
+    """Show a text on the node, where there is a server and a node to show it on."""
+    shown = getattr(node.hidden, "unique_id", None)
+    if shown is not None and (server := _server()) is not None:
+        server.send_progress_text(text, shown)
+
+
+def _server():
     from server import PromptServer  # the web server, which a node alone does not have
 
-    server = getattr(PromptServer, "instance", None)
-    if server is not None:
-        server.send_progress_text(text, context.node_id, server.client_id)
+    return getattr(PromptServer, "instance", None)
 
 
 class Runs:
@@ -73,7 +81,7 @@ def report(guider, steps, **more):
 
 
 def costs(rows, steps, **more):
-    """What a node cost, on the node and for the history of the queue (`NodeOutput.ui`).
+    """The cost of a node, on the node and for the history of the queue (`NodeOutput.ui`).
 
     Args:
         rows: U-Net rows (pictures x predictions) that were evaluated.

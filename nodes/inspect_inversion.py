@@ -10,7 +10,7 @@ from PIL import Image
 from ..samplers.methods import inversion_statistics
 from . import sockets
 from .drawing.card import MEASURED, THEORY, Card, Chart, Series
-from .inversion_files import show
+from .feedback import show
 
 CATEGORY = "LEDITS/inversion"
 COLUMNS = 8
@@ -109,7 +109,7 @@ def _card(inversion, b, decode, noise, replays, against):
         f"picture {b + 1} of {inversion.batch}" if inversion.batch > 1 else "",
     )
     card.numbers(_numbers(inversion, b, noise, replays, against))
-    path = [inversion.latents[i][b : b + 1] / (1 + float(inversion.sigmas[i]) ** 2) ** 0.5 for i in levels]
+    path = [inversion.latents[i][b : b + 1] / inversion.kind.power(float(inversion.sigmas[i])) ** 0.5 for i in levels]
     sigmas = [f"sigma {float(inversion.sigmas[i]):.3g}" for i in levels]
     card.strip("Path", [decode(y) for y in path], sigmas, "the latent at each noise level, brought to equal contrast", columns)
     ahead = [inversion_statistics.predictions(inversion, i)[b : b + 1] if i < n else path[-1] for i in levels]

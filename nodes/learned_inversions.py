@@ -6,9 +6,9 @@ from ..samplers import gradients
 from ..samplers.gradient_inverters import NullTextInverter, StyleDiffusionInverter
 from ..samplers.guider import LeditsGuider
 from . import sockets
-from .edit_friendly_inversion import latent_input, level_inputs, noise_levels, picture, report, run, sigmas_input
+from .feedback import report
+from .inversion_inputs import CATEGORY, latent_input, level_inputs, noise_levels, picture, run, sigmas_input
 
-CATEGORY = "LEDITS/inversion"
 ON_INTERRUPT = ["discard", "keep the result so far"]
 
 

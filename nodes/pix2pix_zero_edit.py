@@ -1,43 +1,12 @@
-"""pix2pix-zero: its attention control, edit directions, and what its inversion adds to DDIM's."""
+"""pix2pix-zero: its attention control and edit directions."""
 
 import comfy.utils
 from comfy_api.latest import io
 
 from ..attention_hooks.controls.pix2pix_zero import Pix2PixZero
 from ..attention_hooks.text.edit_direction import add_direction, edit_direction, sentences
-from ..samplers.methods.noise_regularisation import NoiseRegularisation
 from .attention import attention_output, blocks_input, chain_input, fraction_input, prompts_input, source_input
 from .edit_prompts import CATEGORY
-
-_FIELDS = ("lambda_ac", "lambda_kl", "reg_steps", "ac_rolls", "reg_seed")
-
-
-def regularisation_input():
-    """The choice of an inversion node, see `regularisation`."""
-    own = NoiseRegularisation()
-    published = [
-        io.Float.Input("lambda_ac", default=own.lambda_ac, min=0.0, max=1000.0, step=1.0,
-                       tooltip="Strength against noise that is correlated with itself."),
-        io.Float.Input("lambda_kl", default=own.lambda_kl, min=0.0, max=1000.0, step=1.0,
-                       tooltip="Strength against noise of another variance than 1."),
-        io.Int.Input("reg_steps", default=own.steps, min=1, max=100, tooltip="Times that each step is regularised."),
-        io.Int.Input("ac_rolls", default=own.rolls, min=1, max=100,
-                     tooltip="Random shifts that correlation is measured with, each time."),
-        io.Int.Input("reg_seed", default=own.seed, min=0, max=0xFFFFFFFFFFFFFFFF, tooltip="Of the random shifts."),
-    ]
-    return io.DynamicCombo.Input(
-        "noise_regularisation", optional=True,
-        options=[io.DynamicCombo.Option("none", []), io.DynamicCombo.Option("pix2pix-zero", published)],
-        tooltip="Keeps the path's noise like Gaussian noise, so that the picture edits better but comes back less exactly. "
-        "pix2pix-zero (arXiv 2302.03027) inverts so, with refinements 0 and convention B.",
-    )
-
-
-def regularisation(chosen):
-    """`NoiseRegularisation` or None, and the settings for the record, of the value of `regularisation_input`."""
-    if not chosen or chosen["noise_regularisation"] == "none":
-        return None, {}
-    return NoiseRegularisation(*(chosen[name] for name in _FIELDS)), dict(chosen)
 
 
 class Pix2PixZeroNode(io.ComfyNode):
@@ -66,7 +35,9 @@ class Pix2PixZeroNode(io.ComfyNode):
 
     @classmethod
     def execute(cls, xa_guidance, source=None, end_step=1.0, blocks="all", prompts=None, attention=None):
-        control = Pix2PixZero(prompts, source, xa_guidance, (0.0, end_step), blocks)
+        control = Pix2PixZero(
+            prompts=prompts, source=source, xa_guidance=xa_guidance, window=(0.0, end_step), blocks=blocks
+        )
         return io.NodeOutput((*(attention or ()), control))
 
 

@@ -9,6 +9,8 @@ from comfy_execution.graph_utils import ExecutionBlocker
 from PIL import Image
 
 from ..attention_hooks.blocks import HELP, preset_help
+from ..attention_hooks.controls.local_blend import NAME as BLEND
+from ..attention_hooks.controls.masactrl import NAME as MASACTRL
 from ..attention_hooks.controls.record import Record
 from ..attention_hooks.observed import SIDES
 from ..attention_hooks.text import widget_text
@@ -46,7 +48,7 @@ class RecordAttention(io.ComfyNode):
 
     @classmethod
     def execute(cls, prompts, blocks="words", attention=None):
-        return io.NodeOutput((*(attention or ()), Record(prompts, None, blocks)))
+        return io.NodeOutput((*(attention or ()), Record(prompts=prompts, blocks=blocks)))
 
 
 class PreviewAttention(io.ComfyNode):
@@ -95,7 +97,7 @@ class PreviewAttention(io.ComfyNode):
 
 
 def _seen(latent, sampler):
-    """What the run that made a latent has to show.
+    """The `Observed` of the run that made a latent.
 
     Raises:
         ValueError: nothing, or the SAMPLER made another latent since.
@@ -136,13 +138,13 @@ def _phrases(seen, text):
 
 def _steps(seen):
     """The steps to draw, evenly chosen from those that have something to show."""
-    have = sorted({*seen.maps, *seen.blend, *seen.masactrl})
+    have = sorted(set(seen.maps).union(*seen.masks.values()))
     count = min(len(have), COLUMNS)
     return [have[round(k * (len(have) - 1) / max(count - 1, 1))] for k in range(count)]
 
 
 def _rows(seen, phrases, steps):
-    """What is in the table: (words, softer words, cells).
+    """Rows of the table: (words, softer words, cells).
 
     Args:
         steps: to show side by side; None for the average, source beside target.
@@ -160,9 +162,8 @@ def _rows(seen, phrases, steps):
             maps = [seen.word_map(phrase, side, step) if step in seen.maps else "not recorded" for step in steps]
             if maps[0] is not None:
                 rows.append((phrase, side, [(k, m) for m in maps]))
-    masks = [("local blend", "mask", 1, seen.blend)]
-    masks += [("MasaCtrl", f"{side} mask", k, {step: pair[k] for step, pair in seen.masactrl.items()})
-              for k, side in enumerate(SIDES)]
+    masks = [(BLEND, "mask", 1), *((MASACTRL, f"{side} mask", k) for k, side in enumerate(SIDES))]
+    masks = [(*mask, {step: pair[mask[2]] for step, pair in seen.masks.get(mask[0], {}).items()}) for mask in masks]
     for name, what, k, by_step in masks:
         if by_step and steps is None:
             rows.append((name, what, [(j, by_step[max(by_step)] if j == k else None) for j in range(2)]))
@@ -218,13 +219,12 @@ def _bytes(colours):
 
 def _masks(seen):
     """MASKs of the last step at the picture's size, [B, H, W] each. One that the edit did not have stops what reads it."""
-    blend = seen.blend[max(seen.blend)] if seen.blend else None
-    pair = seen.masactrl[max(seen.masactrl)] if seen.masactrl else (None, None)
+    blend, pair = ((trace[max(trace)] if (trace := seen.masks.get(name)) else (None, None)) for name in (BLEND, MASACTRL))
     names = "local blend", "MasaCtrl with masks", "MasaCtrl with masks"
     return [
         ExecutionBlocker(f"Preview Attention has no such mask: the edit ran without {name}.") if mask is None
         else F.interpolate(mask[:, None].float(), seen.size)[:, 0]
-        for name, mask in zip(names, (blend, *pair))
+        for name, mask in zip(names, (blend[1], *pair))
     ]
 
 

@@ -12,7 +12,7 @@ CATEGORY = "LEDITS/sampling"
 
 
 def edit_inputs():
-    """What guides an edit."""
+    """Inputs that guide an edit."""
     return [
         io.Model.Input("model", tooltip="The model that made the inversion. LoRA, ControlNet and patches may be added."),
         io.Conditioning.Input("positive", tooltip="Target prompt. For concepts alone: the source prompt, or empty."),
@@ -46,7 +46,7 @@ def _solver():
 
 
 def _attention_inputs():
-    """What of the source's attention an edit keeps."""
+    """Inputs of attention control."""
     return [
         sockets.Attention.Input("attention", optional=True,
                                 tooltip="Attention control: Prompt-to-Prompt, MasaCtrl, Plug-and-Play, ..."),
@@ -56,7 +56,7 @@ def _attention_inputs():
 
 
 def fine_inputs():
-    """What else an edit in one node takes."""
+    """Further inputs of an edit in one node."""
     return [
         sockets.Concepts.Input("concepts", optional=True, tooltip="Semantic concepts to add or remove."),
         io.Mask.Input("mask", optional=True, tooltip="Where the picture may change. Outside it, it stays as it was."),
@@ -80,7 +80,7 @@ def sigmas_after(inversion, skip):
 
 
 def edit(guider, sampler, sigmas, mask=None, runs=None):
-    """What a `LeditsSampler` makes of its inversion's picture, as the samples of a LATENT; `runs` as in `feedback`."""
+    """Run a `LeditsSampler` on its inversion's picture; the samples of a LATENT. `runs` as in `feedback`."""
     path = sampler.inversion
     picture = path.latent_format.process_out(path.latents[-1])
     samples = feedback.sample(guider, sampler, picture, sigmas, mask, runs=runs)

@@ -56,8 +56,17 @@ class SemanticConcept(io.ComfyNode):
             if clip is None:
                 raise ValueError("The concept's words need a CLIP: connect the one your prompts use, or a conditioning.")
             conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
-        concept = Concept(conditioning, 1 if direction == "towards" else -1, scale, threshold, warmup, cooldown or None,
-                          momentum_scale, momentum_beta, weight)
+        concept = Concept(
+            conditioning=conditioning,
+            direction=1 if direction == "towards" else -1,
+            scale=scale,
+            threshold=threshold,
+            warmup=warmup,
+            cooldown=cooldown or None,
+            momentum_scale=momentum_scale,
+            momentum_beta=momentum_beta,
+            weight=weight,
+        )
         return io.NodeOutput((*(concepts or ()), concept))
 
 

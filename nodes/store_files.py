@@ -8,9 +8,11 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..files import store_file
+from ..files.places import found, new_file, path_of, size_of
 from . import sockets
 from .edit_prompts import CATEGORY
-from .inversion_files import FileLoader, found, new_file, path_of, show, size_of
+from .feedback import show
+from .file_picker import FileLoader
 
 DTYPES = ["as captured", "float16"]
 

@@ -6,6 +6,7 @@ import comfy.model_patcher
 import torch
 from comfy.ldm.modules.attention import optimized_attention
 
+from ..attention_hooks.attend import maps as attention_maps
 from .methods.style_diffusion import modulate
 
 
@@ -61,7 +62,7 @@ class MapTap:
     def _tapped(self, before):
         def attend(q, k, v, extra_options):
             if self.on:
-                maps = attention_map(q, k, extra_options["n_heads"])
+                maps = attention_maps(q, k, extra_options["n_heads"])
                 if self.maps is not None:
                     self.maps.append(maps)
             if before is not None:
@@ -72,12 +73,6 @@ class MapTap:
             )
 
         return attend
-
-
-def attention_map(q, k, heads):
-    """`softmax(q k^T / sqrt(d))`, float32 [B, heads, queries, keys], from projected [B, N, heads * d]."""
-    q, k = (t.float().unflatten(2, (heads, -1)).transpose(1, 2) for t in (q, k))
-    return (q @ k.transpose(2, 3) * q.shape[3] ** -0.5).softmax(-1)
 
 
 def coarse_layers(seen, height, width):

@@ -1,15 +1,18 @@
 """The SAMPLER object that captures a source's attention into a store to keep."""
 
 import logging
+from collections.abc import Sequence
 
 import comfy.model_management
 import torch
 from tqdm.auto import trange
 
-from ..attention_hooks.source_pass import SourcePass
+from ..attention_hooks.edits import Control
+from ..attention_hooks.run import open_source
 from ..attention_hooks.store import AttentionStore
 from . import models
 from .inverters import can_batch_levels
+from .methods.record import Inversion
 from .overrides import Overrides
 from .phased import PhasedSampler
 
@@ -28,7 +31,7 @@ class CaptureSampler(PhasedSampler):
 
     phase = "capturing"
 
-    def __init__(self, inversion, controls, dtype=torch.float16, all_steps=False):
+    def __init__(self, inversion: Inversion, controls: Sequence[Control], dtype=torch.float16, all_steps=False):
         self.inversion, self.controls, self.dtype, self.all_steps = inversion, tuple(controls), dtype, all_steps
         self.store = None
 
@@ -37,10 +40,10 @@ class CaptureSampler(PhasedSampler):
         models.check(model_wrap.model_patcher, path)
         encoding = {"latent_image": latent_image, "denoise_mask": denoise_mask}
         prescribed = Overrides(model_wrap, path, noise, extra_args, **encoding)
-        source = SourcePass(
-            self.controls, model_wrap, path, path.start_of(sigmas), steps, prescribed.extra_args["model_options"],
-            **encoding, store=AttentionStore("cpu", self.dtype),
-            batch_levels=can_batch_levels({}, extra_args["model_options"]),
+        source = open_source(
+            controls=self.controls, guider=model_wrap, path=path, start=path.start_of(sigmas), steps=steps,
+            options=prescribed.extra_args["model_options"], store=AttentionStore("cpu", self.dtype),
+            batch_levels=can_batch_levels({}, extra_args["model_options"]), **encoding,
         )
         wanted = [source.needs(step) for step in range(steps)]
         if self.all_steps:

@@ -7,13 +7,12 @@ from tqdm.auto import tqdm
 from . import attention_taps, models
 from .gradients import Predictor
 from .methods import ddim, null_text, style_diffusion
-from .methods.families import FAMILIES
 from .methods.record import Inversion, check_latent, check_sigmas
 from .phased import PhasedSampler
 
 
 class _Learner(PhasedSampler):
-    """What they have in common: a DDIM path at guidance 1, then one embedding learned after the other.
+    """Base class: a DDIM path at guidance 1, then one embedding learned after the other.
 
     `sample` returns `x_T`; the whole record is then in `inversion`.
 
@@ -40,19 +39,26 @@ class _Learner(PhasedSampler):
             picture, levels = latent_image.clone(), sigmas.float().cpu().clone()
             self.prepare(predict, levels, picture)
             progress = _Progress(callback, self.tell, self.method, [self.most(i) for i in range(steps)])
-            latents = self._path(predict, picture, levels, models.scaling(model), progress)
+            latents = self._path(predict, picture, levels, family, models.scaling(model), progress)
             predict.tick = progress.tick
-            learned, losses = self._learn(predict, latents, levels, FAMILIES[family], progress, disable_pbar)
+            learned, losses = self._learn(predict, latents, levels, family, progress, disable_pbar)
         settings = self.settings | {"cfg": model_wrap.cfg}
         if torch.isfinite(losses).any():
             settings["loss"] = float(losses.nanmean())
         self.inversion = Inversion(
-            levels, latents.cpu(), None, torch.zeros(steps), family, models.describe(model), self.method, settings,
-            {self.override: learned}, model.model.latent_format,
+            sigmas=levels,
+            latents=latents.cpu(),
+            etas=torch.zeros(steps),
+            family=family.name,
+            model=models.describe(model),
+            method=self.method,
+            settings=settings,
+            overrides={self.override: learned},
+            latent_format=model.model.latent_format,
         )
         return latents[0]
 
-    def _path(self, predict, picture, sigmas, scaling, progress):
+    def _path(self, predict, picture, sigmas, family, scaling, progress):
         """The DDIM inversion at guidance 1, [N + 1, B, C, H, W]."""
 
         def denoise(y, sigma, i):
@@ -60,15 +66,15 @@ class _Learner(PhasedSampler):
             progress.path(d, y)
             return d
 
-        return ddim.invert(picture, sigmas, denoise, scaling)
+        return ddim.invert(picture, sigmas, denoise, family=family, scaling=scaling)
 
-    def _learn(self, predict, latents, sigmas, step, progress, disable):
+    def _learn(self, predict, latents, sigmas, family, progress, disable):
         """Embeddings [N, B, ...] and losses [N, B], on the CPU."""
         steps = len(sigmas) - 1
         learned, losses = [], []
         with tqdm(total=steps, disable=disable, desc=self.method) as bar:
             try:
-                for value, loss, d, y in self.steps(predict, latents, sigmas, step):
+                for value, loss, d, y in self.steps(predict, latents, sigmas, family):
                     learned.append(value.float().cpu())
                     losses.append(loss)
                     bar.set_postfix(loss=f"{loss.mean():.2e}", refresh=False)
@@ -131,7 +137,7 @@ class NullTextInverter(_Learner):
     """Null-text inversion (arXiv 2211.09794): "negative" embeddings for every step.
 
     Args:
-        inner_steps, rate, enough: see `null_text.optimise`.
+        inner_steps, rate, enough: see `null_text.learn`.
     """
 
     method, override = "null-text", "negative"
@@ -149,14 +155,10 @@ class NullTextInverter(_Learner):
     def start(self, predict, latents):
         return predict.words("negative", latents.shape[1])
 
-    def steps(self, predict, latents, sigmas, step):
-        return null_text.optimise(
-            latents, sigmas,
-            lambda y, i: predict("positive", y, sigmas[i]),
-            lambda y, i, words: predict("negative", y, sigmas[i], words),
-            self.start(predict, latents),
-            lambda y, i, d_p, d_u: predict.combine(y, sigmas[i], d_p, d_u),
-            self.inner_steps, self.rate, self.enough, step,
+    def steps(self, predict, latents, sigmas, family):
+        return null_text.learn(
+            latents, sigmas, predict, self.start(predict, latents), family=family, inner_steps=self.inner_steps,
+            rate=self.rate, enough=self.enough,
         )
 
 
@@ -167,7 +169,7 @@ class StyleDiffusionInverter(_Learner):
         features: tokens of an image encoder for the mapping network, [B or 1, T, F]; None learns the scale and shift
             themselves.
         attention: weight of the attention loss.
-        most_steps, rate, enough: see `style_diffusion.optimise`.
+        most_steps, rate, enough: see `style_diffusion.learn`.
     """
 
     method, override = "StyleDiffusion", "value"
@@ -188,7 +190,7 @@ class StyleDiffusionInverter(_Learner):
         words = predict.words("positive", latents.shape[1])
         return torch.stack([torch.ones_like(words), torch.zeros_like(words)], 1)
 
-    def steps(self, predict, latents, sigmas, step):
+    def steps(self, predict, latents, sigmas, family):
         words = predict.words("positive", latents.shape[1])
         if self.features is None:
             value = style_diffusion.Direct(*words.shape, words.device)
@@ -198,26 +200,14 @@ class StyleDiffusionInverter(_Learner):
         layers = attention_taps.coarse_layers(self._patch.seen, *latents.shape[-2:]) if self.attention else []
         tap = attention_taps.MapTap(predict.options, layers)
 
-        def positive(y, i, value):
-            return self._tapped(tap, predict, y, sigmas[i], value)
+        def look(y, sigma, learned):
+            self._patch.value = learned
+            tap.on, tap.maps = True, []
+            d, maps = predict("positive", y, sigma), tap.maps
+            tap.maps = None
+            return d, maps
 
-        def source_maps(i):
-            # the inversion's own evaluation that led from this latent to the noisier one before it (`ddim.invert`)
-            rescale = ((sigmas[i - 1] ** 2 + 1) / (sigmas[i] ** 2 + 1)) ** 0.5
-            return self._tapped(tap, predict, latents[i] * rescale, sigmas[i - 1], None)[1]
-
-        return style_diffusion.optimise(
-            latents, sigmas, value, positive,
-            lambda y, i: predict("negative", y, sigmas[i]),
-            source_maps,
-            lambda y, i, d_p, d_u: predict.combine(y, sigmas[i], d_p, d_u),
-            self.attention, self.most_steps, self.rate, self.enough, step,
+        return style_diffusion.learn(
+            latents, sigmas, predict, look, value, family=family, attention=self.attention, most=self.most_steps,
+            rate=self.rate, enough=self.enough,
         )
-
-    def _tapped(self, tap, predict, y, sigma, value):
-        self._patch.value = value
-        tap.on, tap.maps = True, []
-        d, maps = predict("positive", y, sigma), tap.maps
-        tap.maps = None
-        return d, maps
-

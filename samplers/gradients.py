@@ -16,18 +16,20 @@ import torch
 import torch.utils.checkpoint
 from comfy.ldm.modules.attention import BasicTransformerBlock, attention_pytorch
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock, UNetModel
+from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
+from comfy.samplers import CFGGuider
 
 from . import models
 
 # Memory of a backward pass in terms of the estimate for a prediction with cond and uncond.
 _MEMORY = 4
-# What makes a prompt more than its words: these parts either have weights of their own that cannot be differentiated,
-# or leave nothing to differentiate in some step or area.
+# Conditioning features that learning cannot handle: they bring weights without a derivative, or switch the prompt off
+# for some steps or areas.
 _MORE_THAN_WORDS = ("control", "gligen", "hooks", "area", "mask", "start_percent", "end_percent")
 
 
-def check(model):
+def check(model: ModelPatcher):
     """Refuse a MODEL that is not a U-Net.
 
     Raises:
@@ -55,7 +57,7 @@ def check_prompt(conditioning, name):
 
 
 @contextlib.contextmanager
-def differentiable(model):
+def differentiable(model: ModelPatcher):
     """A clone of a MODEL whose predictions can be differentiated outside inference mode; nothing stays on `model`.
 
     Every weight is copied when its layer uses it. Residual and transformer blocks run under gradient checkpointing:
@@ -153,7 +155,7 @@ class Predictor:
 
     tick = None
 
-    def __init__(self, guider, model_options):
+    def __init__(self, guider: CFGGuider, model_options: dict):
         self._guider, self._model = guider, guider.inner_model
         self.options = comfy.model_patcher.create_model_options_clone(model_options)
         self.conds = {name: [_thawed(c) for c in guider.conds[name]] for name in ("positive", "negative")}

@@ -6,15 +6,17 @@ import comfy.conds
 import comfy.samplers
 import torch
 
+from ..attention_hooks.edits import BRANCHES_DIFFER
 from .methods.sega import Sega
+from .methods.shapes import append_dims
 
 # Functions of other packs that look at cond and uncond: where one is set, both are always evaluated.
 _CFG_FUNCTIONS = ("sampler_cfg_function", "sampler_pre_cfg_function", "sampler_post_cfg_function")
-# What `model_conds` holds in the form the model takes, and what only names an entry.
+# Not compared: keys already covered by `model_conds`, and the entry's id.
 _NOT_COMPARED = ("model_conds", "cross_attn", "pooled_output", "uuid")
 
 
-def one_serves_both(a, b):
+def one_serves_both(a: list[dict], b: list[dict]) -> bool:
     """Whether two encoded conditionings (`CFGGuider.conds[...]`) ask the same of the model."""
 
     def equal(x, y):
@@ -37,7 +39,7 @@ def one_serves_both(a, b):
     )
 
 
-def in_range(entry, level):
+def in_range(entry: dict, level) -> bool:
     """Whether an encoded conditioning entry is evaluated at a noise level (ConditioningSetTimestepRange)."""
     early = "timestep_start" in entry and level > entry["timestep_start"]
     return not (early or ("timestep_end" in entry and level < entry["timestep_end"]))
@@ -83,7 +85,7 @@ class LeditsGuider(comfy.samplers.CFGGuider):
         use_positive = watched or not math.isclose(self.cfg, 0.0)
         use_negative = bool(wanted) or not core_skips_uncond
         shared = use_positive and use_negative and not watched and self._one_serves_both()
-        shared = shared and not options.get("ledits_branches_differ")  # attention control edits one of them only
+        shared = shared and not options.get(BRANCHES_DIFFER)  # attention control edits one of them only
 
         positive, negative = self.conds["positive"], self.conds["negative"]
         conds = [positive if use_positive else None, negative if use_negative and not shared else None]
@@ -101,7 +103,7 @@ class LeditsGuider(comfy.samplers.CFGGuider):
         if not self.concepts:
             return denoised
 
-        sigma = timestep.view(-1, *[1] * (x.ndim - 1))
+        sigma = append_dims(timestep, x.ndim)
         eps = {i: (x - d) / sigma for i, d in zip(wanted, pushed)}
         gamma = self._sega(step, (x - predictions[1]) / sigma if wanted else None, eps)
         return denoised if gamma is None else denoised - sigma * gamma

@@ -4,11 +4,12 @@ from dataclasses import replace
 
 import comfy.model_management
 import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.samplers import CFGGuider
 from tqdm.auto import trange
 
 from . import models
 from .methods import ddim, edit_friendly
-from .methods.families import FAMILIES
 from .methods.record import Inversion, check_latent, check_sigmas
 from .overrides import Overrides
 from .phased import PhasedSampler
@@ -18,7 +19,7 @@ _MOST_PICTURES = 16
 
 
 class _AlongPath(PhasedSampler):
-    """What they have in common: evaluations at the path's levels, shown as they come.
+    """Base class: evaluations at the path's levels, shown as they come.
 
     `sample` returns `x_T`; the whole record is then in `inversion`.
     """
@@ -46,10 +47,17 @@ class _AlongPath(PhasedSampler):
 
         return denoise
 
-    def _record(self, model, sigmas, latents, rest, etas, method):
+    def _record(self, model: ModelPatcher, sigmas, latents, rest, etas, method: str):
         self.inversion = Inversion(
-            sigmas.float().cpu(), latents.cpu(), rest, etas, models.family(model), models.describe(model), method,
-            self.settings, latent_format=model.model.latent_format,
+            sigmas=sigmas.float().cpu(),
+            latents=latents.cpu(),
+            residuals=rest,
+            etas=etas,
+            family=models.family(model).name,
+            model=models.describe(model),
+            method=method,
+            settings=self.settings,
+            latent_format=model.model.latent_format,
         )
         return latents[0]
 
@@ -64,7 +72,7 @@ class EditFriendlyInverter(_AlongPath):
         settings: goes into the record.
     """
 
-    def __init__(self, seed, etas, steps_at_once=0, settings=None):
+    def __init__(self, seed: int, etas: torch.Tensor, steps_at_once=0, settings: dict | None = None):
         self.seed, self.etas, self.steps_at_once, self.settings = seed, etas, steps_at_once, settings or {}
 
     def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False):
@@ -73,11 +81,11 @@ class EditFriendlyInverter(_AlongPath):
         check_sigmas(sigmas)
         check_latent(latent_image)
         draws = edit_friendly.draw_noise(latent_image.shape, len(sigmas) - 1, self.seed).to(latent_image)
-        latents = edit_friendly.noisy_path(latent_image, sigmas, draws)
+        latents = edit_friendly.noisy_path(latent_image, sigmas, draws, family=family)
         chunk = levels_at_once(model_wrap, latent_image.shape, extra_args["model_options"], self.steps_at_once)
         with trange(len(sigmas) - 1, disable=disable_pbar) as bar:
             denoise = self._denoiser(model_wrap, extra_args, callback, bar, len(latent_image))
-            rest = edit_friendly.residuals(latents, sigmas, self.etas, denoise, chunk, FAMILIES[family])
+            rest = edit_friendly.residuals(latents, sigmas, self.etas, denoise, chunk, family=family)
         return self._record(model, sigmas, latents, rest.cpu(), self.etas, "edit-friendly DDPM")
 
 
@@ -97,14 +105,16 @@ class DDIMInverter(_AlongPath):
 
     def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False):
         model = model_wrap.model_patcher
-        models.family(model)
+        family = models.family(model)
         check_sigmas(sigmas)
         check_latent(latent_image)
         lowest = float(model.get_model_object("model_sampling").sigma_min)
         with trange(len(sigmas) - 1, disable=disable_pbar) as bar:
             denoise = self._denoiser(model_wrap, extra_args, callback, bar, len(latent_image), upwards=True)
-            latents = ddim.invert(latent_image, sigmas, denoise, models.scaling(model), self.convention,
-                                  self.refinements, self.tolerance, lowest, self.regularise)
+            latents = ddim.invert(
+                latent_image, sigmas, denoise, family=family, scaling=models.scaling(model), convention=self.convention,
+                refinements=self.refinements, tolerance=self.tolerance, lowest=lowest, regularise=self.regularise,
+            )
         if not torch.isfinite(latents[0]).all():
             raise ValueError(
                 "The inversion did not converge: invert at cfg 1, or with fewer refinements. With both already low, the "
@@ -124,7 +134,7 @@ class SourceBranch(_AlongPath):
 
     phase = "sampling the source"
 
-    def __init__(self, inversion, scale=0.0, every=1, method=None):
+    def __init__(self, inversion: Inversion, scale=0.0, every=1, method: str | None = None):
         self.inversion, self.scale, self.every = inversion, scale, every
         self.method = method or inversion.method
 
@@ -140,7 +150,7 @@ class SourceBranch(_AlongPath):
                 return evaluate(y, sigma, i)
 
             latents = path.latents.to(noise.device)
-            branch = ddim.simulate(latents, path.sigmas, denoise, self.scale, self.every, FAMILIES[path.family])
+            branch = ddim.simulate(latents, path.sigmas, denoise, self.scale, self.every, family=path.kind)
         self.inversion = replace(path, latents=branch.cpu(), method=self.method)
         return branch[0]
 
@@ -158,7 +168,7 @@ class TargetOffset(_AlongPath):
 
     phase = "measuring the offset"
 
-    def __init__(self, inversion, steps_at_once=0, method=None):
+    def __init__(self, inversion: Inversion, steps_at_once=0, method: str | None = None):
         self.inversion, self.steps_at_once = inversion, steps_at_once
         self.method = method or inversion.method
 
@@ -168,24 +178,25 @@ class TargetOffset(_AlongPath):
         chunk = levels_at_once(model_wrap, noise.shape, extra_args["model_options"], self.steps_at_once)
         with trange(path.steps, disable=disable_pbar) as bar:
             denoise = self._denoiser(model_wrap, extra_args, callback, bar, path.batch)
-            rest = edit_friendly.residuals(latents, levels, path.etas, denoise, chunk, FAMILIES[path.family])
+            rest = edit_friendly.residuals(latents, levels, path.etas, denoise, chunk, family=path.kind)
         self.inversion = replace(path, residuals=rest.cpu(), method=self.method)
         return latents[0]
 
 
-def levels_at_once(model_wrap, shape, options, wanted=0):
+def levels_at_once(model_wrap: CFGGuider, shape, options: dict, wanted=0) -> int:
     """How many steps of a known path to evaluate in one call: `wanted`, or at 0 what memory and _MOST_PICTURES allow."""
     if not can_batch_levels(model_wrap.conds, options):
         return 1
     if wanted:
         return wanted
     free = comfy.model_management.get_free_memory(model_wrap.model_patcher.load_device)
-    # cond and uncond of one step; core splits them again by the same measure, which only costs time
+    # Cond and uncond of one step. `calc_cond_batch` splits a call that needs 1.5 times the estimate of what is free; asked
+    # for more than 0.8 of it here, it would split again, which only costs time.
     need = 1.5 * model_wrap.inner_model.memory_required([2 * shape[0], *shape[1:]])
     return int(min(max(free * 0.8 // need, 1), max(_MOST_PICTURES // shape[0], 1)))
 
 
-def can_batch_levels(conds, options):
+def can_batch_levels(conds: dict, options: dict) -> bool:
     """Whether rows of different noise levels may share one U-Net call.
 
     ComfyUI looks at the first row's level only where a conditioning has a range, ControlNet or hooks; patches and

@@ -13,16 +13,18 @@ import torch
 from comfy.ldm.modules.attention import BasicTransformerBlock
 from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, ResBlock
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
+from comfy.samplers import CFGGuider
 
 from .gradients import checkpointed, torch_attention
 from .guider import in_range
+from .methods.fit import scaled_gradient
 
 # Gradients are small for a float16 network; powers of two change nothing in float32.
 _LOSS_SCALE = 2.0**7
 _MISSING = object()
 
 
-def latent_gradient(guider, entries, y, sigma, options, loss):
+def latent_gradient(guider: CFGGuider, entries: list[dict], y: torch.Tensor, sigma: float, options: dict, loss):
     """`dL/dx` of one prediction, x being what the network is given: `y / sqrt(1 + sigma^2)`.
 
     Args:
@@ -56,7 +58,10 @@ def latent_gradient(guider, entries, y, sigma, options, loss):
 
 
 class _Derive:
-    """A DIFFUSION_MODEL wrapper that runs the network forth and back. Make it the innermost: hooks stay in place till then."""
+    """A DIFFUSION_MODEL wrapper: a forward and a backward pass.
+
+    It must be the innermost wrapper, because the others remove their weight hooks on return.
+    """
 
     def __init__(self, shape, loss):
         self.shape, self.loss, self.gradient = shape, loss, None
@@ -68,19 +73,14 @@ class _Derive:
                 "remove it, or remove pix2pix-zero."
             )
         with torch.inference_mode(False), torch.enable_grad(), differentiable_now(executor.class_obj):
-            scale = _LOSS_SCALE
-            while True:
+
+            def evaluate(scale):
                 leaf = x.detach().float().clone().requires_grad_()
                 out, gradient = self._evaluate(executor, leaf, x.dtype, scale, timesteps, args, kwargs)
-                if torch.isfinite(gradient).all():
-                    break
-                if scale == 1:
-                    raise ValueError(
-                        "The gradient through the model is NaN or infinite. A float16 model that overflows is the usual "
-                        "cause: start ComfyUI with --force-fp32 or --bf16-unet."
-                    )
-                scale = max(scale / 2**7, 1.0)
-        gradient = gradient[:, : self.shape[1]].unflatten(0, (-1, self.shape[0])).sum(0) / scale
+                return out, [gradient]
+
+            out, (gradient,) = scaled_gradient(evaluate, _LOSS_SCALE)
+        gradient = gradient[:, : self.shape[1]].unflatten(0, (-1, self.shape[0])).sum(0)
         self.gradient = gradient if self.gradient is None else self.gradient + gradient
         return out
 

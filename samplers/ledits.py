@@ -1,15 +1,21 @@
 """The SAMPLER object of the LEDITS update, which edits a picture along its inverted path."""
 
 import functools
+from collections.abc import Sequence
 
 import comfy.model_management
+import torch
+from comfy.samplers import CFGGuider
 from tqdm.auto import trange
 
+from ..attention_hooks.edits import Control
 from ..attention_hooks.run import AttentionRun
+from ..attention_hooks.store import AttentionStore
 from . import models
 from .inverters import can_batch_levels
 from .latent_gradient import latent_gradient
-from .methods.families import second_order
+from .methods.families import Family, Step, second_order
+from .methods.record import Inversion
 from .overrides import Overrides
 from .phased import PhasedSampler
 
@@ -30,13 +36,14 @@ class LeditsSampler(PhasedSampler):
         source_steps: steps of the source pass in one call; 0 chooses by memory.
 
     Attributes:
-        seen: what the attention controls have to show of the last run, `attention_hooks.seen.Seen` or None.
+        seen: what the attention controls have to show of the last run, `attention_hooks.observed.Observed` or None.
     """
 
     phase = "editing"
     seen = None
 
-    def __init__(self, inversion, solver="ddpm", attention=(), store=None, source_steps=0):
+    def __init__(self, inversion: Inversion, solver="ddpm", attention: Sequence[Control] = (),
+                 store: AttentionStore | None = None, source_steps=0):
         if solver not in SOLVERS:
             raise ValueError(f"Unknown solver '{solver}': choose one of {', '.join(SOLVERS)}.")
         self.inversion, self.solver = inversion, solver
@@ -49,7 +56,7 @@ class LeditsSampler(PhasedSampler):
         device = noise.device
         y = path.latents[start].to(device)
         on_device = path.sigmas.to(device)
-        edit, source = _History(self.solver), _History(self.solver)
+        edit, source = _History(self.solver, path.kind), _History(self.solver, path.kind)
         mask_at = functools.partial(_mask_at, denoise_mask, model_wrap, sigmas, extra_args)
         progress = _Progress(callback, self.tell, self.phase, steps, 0 if run is None else run.source_steps())
         for i in trange(start, start + steps, disable=disable_pbar):
@@ -71,10 +78,10 @@ class LeditsSampler(PhasedSampler):
             if denoise_mask is not None:
                 mask = mask_at(min(i + 1 - start, steps - 1))
                 y = mask * y + (1 - mask) * path.latents[i + 1].to(device)
-        self.seen = None if run is None else run.seen(y)
+        self.seen = None if run is None else run.observed(y)
         return y
 
-    def begin(self, model_wrap, sigmas, extra_args, noise, latent_image=None, denoise_mask=None):
+    def begin(self, model_wrap: CFGGuider, sigmas: torch.Tensor, extra_args, noise, latent_image=None, denoise_mask=None):
         """Everything of a run that comes before its first prediction, and can be refused.
 
         Returns:
@@ -102,16 +109,17 @@ class LeditsSampler(PhasedSampler):
             model_wrap, start, len(sigmas) - 1, extra_args, prescribed, encoding
         )
 
-    def _attention_run(self, guider, start, steps, extra_args, prescribed, encoding):
+    def _attention_run(self, guider: CFGGuider, start: int, steps: int, extra_args, prescribed: Overrides, encoding):
         """The attention control of one run; None where there is none."""
         if not self.attention:
             return None
         return AttentionRun(
-            self.attention, guider, self.inversion, start, steps, prescribed.extra_args["model_options"], **encoding,
-            kept=self.store, batch_levels=can_batch_levels({}, extra_args["model_options"]), steps_at_once=self.source_steps,
+            controls=self.attention, guider=guider, path=self.inversion, start=start, steps=steps,
+            options=prescribed.extra_args["model_options"], kept=self.store,
+            batch_levels=can_batch_levels({}, extra_args["model_options"]), steps_at_once=self.source_steps, **encoding,
         )
 
-    def _residual(self, i, step, source, levels):
+    def _residual(self, i: int, step: Step, source: "_History", levels):
         """Residual of step i for this run's solver, [B, C, H, W]."""
         first_order = self.inversion.residual(i)
         d = self.inversion.denoised(i) if self.solver != "ddpm" else None
@@ -129,7 +137,7 @@ class _Progress:
         if self._callback is not None:
             self._callback(self._edited + self._captured - 1, d, y, self._total)
 
-    def source_pass(self, run, i, path):
+    def source_pass(self, run: AttentionRun, i: int, path: Inversion):
         """Let the `AttentionRun` capture what path step i needs of the source."""
         pending = run.pending(i)
         if not pending:
@@ -158,10 +166,13 @@ def _mask_at(mask, guider, sigmas, extra_args, step):
 class _History:
     """D of the step before, for a multistep solver; the first step of a run has none."""
 
-    def __init__(self, solver):
-        self.multistep, self.denoised, self.sigma = solver == "dpmpp_2m_sde", None, None
+    def __init__(self, solver: str, family: Family):
+        self.multistep, self.family = solver == "dpmpp_2m_sde", family
+        self.denoised = self.sigma = None
 
     def __call__(self, denoised, sigma, sigma_next):
-        out = second_order(denoised, self.denoised, self.sigma, sigma, sigma_next) if self.multistep else denoised
+        out = denoised
+        if self.multistep:
+            out = second_order(denoised, self.denoised, self.sigma, sigma, sigma_next, family=self.family)
         self.denoised, self.sigma = denoised, sigma
         return out

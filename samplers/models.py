@@ -1,13 +1,16 @@
-"""What this pack has to know of a ComfyUI MODEL."""
+"""Checks and descriptions of a ComfyUI MODEL."""
 
 import comfy.model_sampling
 import torch
+from comfy.model_patcher import ModelPatcher
 
 from .methods.ddim import Scaling, eps_scaling
+from .methods.families import FAMILIES, Family
+from .methods.record import Inversion
 
 
-def family(model):
-    """Key of `steps.FAMILIES` for a MODEL.
+def family(model: ModelPatcher) -> Family:
+    """The family of a MODEL.
 
     Raises:
         ValueError: a model whose step is another (flow models: SD3, Flux, ...).
@@ -17,10 +20,10 @@ def family(model):
             f"{type(model.model).__name__} is not a diffusion model of the Stable Diffusion kind (SD3 and Flux, for "
             "example, are flow models). These nodes work with SD 1.x, SD 2.x, SDXL and checkpoints made from them."
         )
-    return "ve"
+    return FAMILIES["ve"]
 
 
-def scaling(model):
+def scaling(model: ModelPatcher):
     """`sigma -> ddim.Scaling` of a MODEL, from the formulas it samples with: eps- and v-prediction alike.
 
     Of networks that predict neither (LCM, x0) D is taken as it is.
@@ -37,10 +40,10 @@ def scaling(model):
         )
 
     near = at(1e-6)
-    return at if abs(near.skip - 1) < 1e-3 and 0.5 < abs(near.out) / 1e-6 < 2 else eps_scaling
+    return at if abs(near.c_skip - 1) < 1e-3 and 0.5 < abs(near.c_out) / 1e-6 < 2 else eps_scaling
 
 
-def describe(model):
+def describe(model: ModelPatcher) -> str:
     """One line that is equal for models whose latents and networks can share an inversion (LoRA does not change it)."""
     config = model.model.model_config.unet_config
     parts = [
@@ -53,7 +56,7 @@ def describe(model):
     return ", ".join(str(p) for p in parts)
 
 
-def check(model, inversion):
+def check(model: ModelPatcher, inversion: Inversion):
     """Refuse a replay of an inversion on a model it was not made with.
 
     Raises:

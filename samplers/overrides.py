@@ -9,8 +9,12 @@ import uuid
 import comfy.conds
 import comfy.model_patcher
 import comfy.samplers
+import torch
+from comfy.samplers import CFGGuider
 
+from ..attention_hooks.edits import VALUE_PRESCRIBED
 from .attention_taps import ValuePatch
+from .methods.record import Inversion
 
 NAMES = ("negative", "negative_pooled", "value")
 
@@ -31,7 +35,7 @@ class Overrides:
         ValueError: an override of a name that this version does not know, or that the prompt has no place for.
     """
 
-    def __init__(self, guider, inversion, noise, extra_args, **encoding):
+    def __init__(self, guider: CFGGuider, inversion: Inversion, noise: torch.Tensor, extra_args: dict, **encoding):
         self._guider, self._steps, self._prescribed = guider, inversion.steps, inversion.overrides
         self.extra_args = extra_args
         unknown = [name for name in self._prescribed if name not in NAMES]
@@ -68,7 +72,7 @@ class Overrides:
         return {**entry, "model_conds": own | self._pooled.get(k, {})}
 
     def _encode_pooled(self, noise, encoding):
-        """What the model makes of the pooled text (SDXL's "y"), for each entry of the negative."""
+        """The pooled text as the model encodes it (SDXL's "y"), for each entry of the negative."""
         pooled = self._prescribed["negative_pooled"].to(noise)
         entries = [{**entry, "pooled_output": pooled} for entry in self._guider.conds["negative"]]
         model = self._guider.inner_model
@@ -79,7 +83,7 @@ class Overrides:
 
     def _watch_values(self):
         """Mark the positive's rows, and add the patch that tells them by the mark."""
-        positive = [{**entry, "uuid": uuid.uuid4(), "value_prescribed": True} for entry in self._guider.conds["positive"]]
+        positive = [{**entry, "uuid": uuid.uuid4(), VALUE_PRESCRIBED: True} for entry in self._guider.conds["positive"]]
         tokens = self._value.shape[-2]
         for entry in positive:
             own = entry["model_conds"].get("c_crossattn")

@@ -1,4 +1,4 @@
-"""What a SAMPLER object says of its run, beside the progress and previews of ComfyUI's callback."""
+"""SAMPLER objects that name their phase, beside the progress and previews of ComfyUI's callback."""
 
 import comfy.samplers
 
@@ -13,4 +13,4 @@ class PhasedSampler(comfy.samplers.Sampler):
     phase = ""
 
     def tell(self, text):
-        """Says it to nobody. Whoever runs the sampler sets `tell` to its own `(text) -> None`."""
+        """Does nothing; the caller may replace it with a function `(text) -> None` that displays the text."""

@@ -1,9 +1,7 @@
 """Words, tokens and alignments, on what ComfyUI's own tokenizers make of prompts."""
 import comfy.sd
 import comfy.supported_models_base
-import joint
 import pytest
-import tiny
 import torch
 from comfy.text_encoders import sd3_clip
 from comfyui_ledits.attention_hooks.text import widget_text
@@ -11,16 +9,17 @@ from comfyui_ledits.attention_hooks.text.align import align, equalizer, word_sch
 from comfyui_ledits.attention_hooks.text.prompts import edit_prompts
 from comfyui_ledits.attention_hooks.text.tokens import read
 from safetensors.torch import save_file
+from support import editing, tiny
 
 
 @pytest.fixture(scope="module")
 def clip():
-    return joint.clip()
+    return editing.clip()
 
 
 @pytest.fixture(scope="module")
 def clip_xl():
-    return joint.clip("sdxl")
+    return editing.clip("sdxl")
 
 
 # Positions counted by hand: 0 is the start, then CLIP's tokens ("schnauzer" is two).
@@ -65,7 +64,7 @@ def test_sdxl_s_two_encoders_share_positions(clip_xl, clip):
 def test_embeddings_are_words(tmp_path):
     vectors = torch.randn(3, tiny.CONTEXT)
     save_file({"emb_params": vectors}, str(tmp_path / "style.safetensors"))
-    clip = joint.clip(embeddings=str(tmp_path))
+    clip = editing.clip(embeddings=str(tmp_path))
     tokens = read(clip, "a embedding:missing cat in embedding:style, red")
     assert tokens.find("embedding:style") == tuple(range(tokens.find("in")[0] + 1, tokens.find("in")[0] + 4))
     assert tokens.find("red") == (tokens.find("embedding:style")[-1] + 2,)
@@ -171,7 +170,7 @@ def test_factors_of_words(clip):
 
 @pytest.mark.parametrize("kind", ["sd1", "sdxl"])
 def test_prompts_are_encoded_as_clip_text_encode_does(kind):
-    clip = joint.clip(kind)
+    clip = editing.clip(kind)
     out = edit_prompts(clip, "a (cat:1.2)", "a dog " * 50, "refine")
     for text, own in (("a (cat:1.2)", out.source), ("a dog " * 50, out.target)):
         expected = clip.encode_from_tokens_scheduled(clip.tokenize(text))

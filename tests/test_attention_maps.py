@@ -1,9 +1,7 @@
 """What is recorded of an edit's attention: maps against explicit probabilities, masks against what the edit did."""
 
 import comfy.model_management
-import joint
 import pytest
-import tiny
 import torch
 from comfy_execution.graph_utils import ExecutionBlocker
 from comfyui_ledits.attention_hooks.controls.local_blend import LocalBlend
@@ -13,13 +11,15 @@ from comfyui_ledits.attention_hooks.controls.record import Record
 from comfyui_ledits.nodes import capture_attention, sampling, sockets
 from comfyui_ledits.nodes.preview import PreviewAttention, RecordAttention
 from comfyui_ledits.samplers.ledits import LeditsSampler
+from oracles import joint_attention
+from support import editing, tiny
 
 SOURCE, TARGET = "a cat sits on a sofa", "a dog sits on a sofa"
 PLACES = {"a": [1, 5], "cat": [2], "dog": [2], "sits on": [3, 4], "a sofa": [5, 6], "sofa": [6]}  # by hand; 0 is the start
 LONG = "a very big old and tired red cat with a green hat sits all day long on the soft blue sofa"
 
 
-class Watch(joint.Editor):
+class Watch(joint_attention.Editor):
     """Notes explicit probabilities [B, heads, tokens, words] of the positive at one grid, after the edit."""
 
     def __init__(self, grid, cross=0):
@@ -44,7 +44,7 @@ class Watch(joint.Editor):
 
 
 def run(model, path, words, empty, sampler, cfg=7.5):
-    guider = joint.LeditsGuider(model, words.target, empty, cfg)
+    guider = editing.LeditsGuider(model, words.target, empty, cfg)
     picture = path.latent_format.process_out(path.latents[-1])
     with torch.inference_mode():
         out = guider.sample(torch.zeros_like(picture), picture, sampler, path.sigmas, disable_pbar=True)
@@ -57,11 +57,11 @@ def run(model, path, words, empty, sampler, cfg=7.5):
 @pytest.mark.parametrize("cross", [0.0, 0.5])
 def test_maps_are_the_explicit_probabilities(kind, height, width, batch, cross):
     model = tiny.model(kind)
-    path, words = joint.path(model, 5, batch, height, width), joint.prompts(kind, SOURCE, TARGET)
-    empty = joint.negative(kind)
+    path, words = editing.path(model, 5, batch, height, width), editing.prompts(kind, SOURCE, TARGET)
+    empty = editing.negative(kind)
     watch = Watch((height // 2, width // 2), int(cross * 6))
-    joint.joint_edit(model, path, words.source, words.target, empty, 7.5, watch)
-    attention = [Record(words, blocks="@1/2")] + [PromptToPrompt(words, cross=(0, cross), self_=(0, 0))] * (cross > 0)
+    joint_attention.joint_edit(model, path, words.source, words.target, empty, 7.5, watch)
+    attention = [Record(prompts=words, blocks="@1/2")] + [PromptToPrompt(prompts=words, cross=(0, cross), self_=(0, 0))] * (cross > 0)
     sampler = LeditsSampler(path, attention=attention)
     run(model, path, words, empty, sampler)
     seen, prompts = sampler.seen, (SOURCE, TARGET)
@@ -83,12 +83,12 @@ def test_maps_are_the_explicit_probabilities(kind, height, width, batch, cross):
 def test_a_prompt_of_more_words_than_a_head_is_wide():
     """Twenty-one words in attentions of sixteen channels; the grid nearest to 16 x 16, in encoder and decoder."""
     model = tiny.model()
-    path, words = joint.path(model, 2), joint.prompts("sd1", LONG, LONG.replace("cat", "dog"))
+    path, words = editing.path(model, 2), editing.prompts("sd1", LONG, LONG.replace("cat", "dog"))
     assert len(words.source_tokens.words) == 21 > 16
     watch = Watch((16, 16))
-    joint.joint_edit(model, path, words.source, words.target, joint.negative("sd1"), 7.5, watch)
-    sampler = LeditsSampler(path, attention=[Record(words)])
-    run(model, path, words, joint.negative("sd1"), sampler)
+    joint_attention.joint_edit(model, path, words.source, words.target, editing.negative("sd1"), 7.5, watch)
+    sampler = LeditsSampler(path, attention=[Record(prompts=words)])
+    run(model, path, words, editing.negative("sd1"), sampler)
     for phrase, places in {"very": [2], "cat": [8], "soft blue sofa": [19, 20, 21]}.items():
         expected = watch.expected(places, 0)
         assert (sampler.seen.word_map(phrase, "source") - expected).abs().max() < 1e-3 * expected.max()
@@ -97,12 +97,12 @@ def test_a_prompt_of_more_words_than_a_head_is_wide():
 
 def test_recording_changes_nothing_of_the_edit_and_leaves_nothing_behind():
     model = tiny.model()
-    path, words, empty = joint.path(model, 5, 2), joint.prompts("sd1", SOURCE, TARGET), joint.negative("sd1")
-    before, _ = joint.run(model, path, words.target, empty, 7.5)
-    edit = [PromptToPrompt(words, cross=(0, 1))]
-    plain, _ = joint.run(model, path, words.target, empty, 7.5, edit)
-    assert torch.equal(plain, joint.run(model, path, words.target, empty, 7.5, [*edit, Record(words)])[0])
-    alone, guider = joint.run(model, path, words.target, empty, 7.5, [Record(words)])
+    path, words, empty = editing.path(model, 5, 2), editing.prompts("sd1", SOURCE, TARGET), editing.negative("sd1")
+    before, _ = editing.run(model, path, words.target, empty, 7.5)
+    edit = [PromptToPrompt(prompts=words, cross=(0, 1))]
+    plain, _ = editing.run(model, path, words.target, empty, 7.5, edit)
+    assert torch.equal(plain, editing.run(model, path, words.target, empty, 7.5, [*edit, Record(prompts=words)])[0])
+    alone, guider = editing.run(model, path, words.target, empty, 7.5, [Record(prompts=words)])
     assert torch.equal(alone, before)
     assert guider.rows == 2 * 5 * (2 + 1)
     assert not model.model_options.get("transformer_options", {}).get("patches_replace")
@@ -110,8 +110,8 @@ def test_recording_changes_nothing_of_the_edit_and_leaves_nothing_behind():
 
 def test_an_interrupted_run_shows_nothing():
     model = tiny.model()
-    path, words, empty = joint.path(model, 3), joint.prompts("sd1", SOURCE, TARGET), joint.negative("sd1")
-    sampler = LeditsSampler(path, attention=[Record(words)])
+    path, words, empty = editing.path(model, 3), editing.prompts("sd1", SOURCE, TARGET), editing.negative("sd1")
+    sampler = LeditsSampler(path, attention=[Record(prompts=words)])
     run(model, path, words, empty, sampler)
     assert sorted(sampler.seen.maps) == [0, 1, 2]
 
@@ -126,8 +126,8 @@ def test_an_interrupted_run_shows_nothing():
 
 def test_a_kept_store_serves_the_recording():
     model = tiny.model()
-    path, words, empty = joint.path(model, 4), joint.prompts("sd1", SOURCE, TARGET), joint.negative("sd1")
-    attention = RecordAttention.execute(words, attention=(PromptToPrompt(words, cross=(0, 0.5)),)).args[0]
+    path, words, empty = editing.path(model, 4), editing.prompts("sd1", SOURCE, TARGET), editing.negative("sd1")
+    attention = RecordAttention.execute(words, attention=(PromptToPrompt(prompts=words, cross=(0, 0.5)),)).args[0]
     with torch.inference_mode():
         store, = capture_attention.CaptureAttention.execute(model, empty, path, attention, 0, "float32").args
     live, kept = LeditsSampler(path, attention=attention), LeditsSampler(path, attention=attention, store=store)
@@ -142,8 +142,8 @@ def test_a_kept_store_serves_the_recording():
 
 def test_the_blend_mask_is_where_the_picture_changed():
     model = tiny.model()
-    path, words, empty = joint.path(model, 6, 2, 24, 16), joint.prompts("sd1", SOURCE, TARGET), joint.negative("sd1")
-    control = PromptToPrompt(words, blend=LocalBlend(("cat", "dog"), blocks="@1/2", threshold=0.9))
+    path, words, empty = editing.path(model, 6, 2, 24, 16), editing.prompts("sd1", SOURCE, TARGET), editing.negative("sd1")
+    control = PromptToPrompt(prompts=words, blend=LocalBlend(words=("cat", "dog"), blocks="@1/2", threshold=0.9))
     with torch.inference_mode():
         latent = sampling.LeditsKSampler.execute(model, words.target, empty, path, 7.5, 0, attention=(control,)).args[0]
         picture, mask, *none = PreviewAttention.execute(latent, "", "average").args
@@ -152,21 +152,21 @@ def test_the_blend_mask_is_where_the_picture_changed():
     assert torch.equal(mask, changed.float().repeat_interleave(8, 1).repeat_interleave(8, 2))
     assert all(isinstance(m, ExecutionBlocker) and "without MasaCtrl" in m.message for m in none)
     seen = latent[sockets.SEEN]
-    assert sorted(seen.blend) == [1, 2, 3, 4, 5]  # start_blend 0.2 of 6 steps
+    assert sorted(seen.masks["local blend"]) == [1, 2, 3, 4, 5]  # start_blend 0.2 of 6 steps
     assert picture.shape[0] == 2 and picture.shape[3] == 3
 
 
 def test_masactrl_s_masks_are_those_of_the_maps():
     """Of the first step, whose encoder's maps come before everything that the edit changes."""
     model, grid = tiny.model(), (8, 8)
-    path, words, empty = joint.path(model, 4, 2), joint.prompts("sd1", SOURCE, TARGET), joint.negative("sd1")
-    control = MasaCtrl(words, window=(0, 0.25), blocks="output.2-", source_words=("cat",), target_words=("dog", "sits"),
+    path, words, empty = editing.path(model, 4, 2), editing.prompts("sd1", SOURCE, TARGET), editing.negative("sd1")
+    control = MasaCtrl(prompts=words, window=(0, 0.25), blocks="output.2-", source_words=("cat",), target_words=("dog", "sits"),
                        threshold=0.4, map_blocks="input@1/2, middle")
     sampler = LeditsSampler(path, attention=[control])
     out, _ = run(model, path, words, empty, sampler)
-    assert sorted(sampler.seen.masactrl) == [0]
+    assert sorted(sampler.seen.masks["MasaCtrl"]) == [0]
     watch = Watch(grid)
-    joint.joint_edit(model, path, words.source, words.target, empty, 7.5, watch)
+    joint_attention.joint_edit(model, path, words.source, words.target, empty, 7.5, watch)
     seen = [layer for layer in watch.steps[0] if layer[0][0] != "output"]
     assert len(seen) == 2
     latent = {"samples": path.latent_format.process_out(out), sockets.SEEN: sampler.seen}
@@ -183,11 +183,11 @@ def test_masactrl_s_masks_are_those_of_the_maps():
 
 def test_masks_that_were_given_come_back():
     model = tiny.model()
-    path, words, empty = joint.path(model, 2), joint.prompts("sd1", SOURCE, TARGET), joint.negative("sd1")
+    path, words, empty = editing.path(model, 2), editing.prompts("sd1", SOURCE, TARGET), editing.negative("sd1")
     given = [torch.zeros(1, 16, 16), torch.zeros(1, 16, 16)]
     given[0][:, 3:9, 4:12], given[1][:, 8:, :7] = 1, 1
-    control = MasaCtrl(words, window=(0, 1), blocks="output.1-", source_mask=given[0], target_mask=given[1])
+    control = MasaCtrl(prompts=words, window=(0, 1), blocks="output.1-", source_mask=given[0], target_mask=given[1])
     sampler = LeditsSampler(path, attention=[control])
     run(model, path, words, empty, sampler)
-    for own, mask in zip(sampler.seen.masactrl[1], given):
+    for own, mask in zip(sampler.seen.masks["MasaCtrl"][1], given):
         assert torch.equal(own.float(), mask)

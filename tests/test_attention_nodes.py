@@ -1,14 +1,14 @@
 """The attention nodes: their defaults, what they refuse, and the ways to run them."""
 import comfy.samplers
-import joint
 import pytest
-import tiny
 import torch
 from comfyui_ledits.attention_hooks.controls.masactrl import MasaCtrl
 from comfyui_ledits.attention_hooks.controls.p2p import PromptToPrompt
 from comfyui_ledits.attention_hooks.edits import in_window
 from comfyui_ledits.nodes import attention, capture_attention, edit_prompts, sampling
 from comfyui_ledits.samplers.ledits import LeditsSampler
+from oracles import joint_attention
+from support import editing, tiny
 
 SOURCE, TARGET = "a cat sits on a sofa", "a dog sits on a sofa"
 SCENE = {"masactrl": dict(start_layer="output.1-"), "pnp": dict(feature_blocks="output.1.0"), "p2p": {}, "p2plus": {}}
@@ -18,7 +18,7 @@ NODES = {"p2p": attention.PromptToPromptNode, "p2plus": attention.P2PlusNode, "m
 
 @pytest.fixture(scope="module")
 def words():
-    return edit_prompts.EditPrompts.execute(joint.clip(), SOURCE, TARGET).args
+    return edit_prompts.EditPrompts.execute(editing.clip(), SOURCE, TARGET).args
 
 
 def defaults(node):
@@ -65,32 +65,32 @@ def test_what_no_model_could_serve_is_refused_by_the_node(words, name, widgets, 
 @pytest.mark.parametrize("name", NODES)
 def test_the_sampler_nodes_and_the_store_agree(words, name):
     model = tiny.model()
-    path, empty = joint.path(model, 5), joint.negative("sd1")
+    path, empty = editing.path(model, 5), editing.negative("sd1")
     control, = NODES[name].execute(prompts=words[2], **defaults(NODES[name])[1] | SCENE[name]).args
     with torch.inference_mode():
         one = sampling.LeditsKSampler.execute(model, words[1], empty, path, 7.5, 1, attention=control)
         store, = capture_attention.CaptureAttention.execute(model, empty, path, control, 1, "float32").args
         two = sampling.LeditsKSampler.execute(model, words[1], empty, path, 7.5, 1, attention=control, store=store)
         sampler, sigmas = sampling.LeditsSamplerNode.execute(path, 1, attention=control).args
-        guider = comfy.samplers.CFGGuider(joint.split(model))
+        guider = comfy.samplers.CFGGuider(editing.split(model))
         guider.set_conds(words[1], empty)
         guider.set_cfg(7.5)
         x = path.latent_format.process_out(path.latents[1])
         three = guider.sample(torch.zeros_like(x), x, sampler, sigmas, disable_pbar=True)
     one, two = one.args[0]["samples"], two.args[0]["samples"]
     assert (one - two).abs().max() < 1e-3 and (one - three).abs().max() < 1e-3  # in units of a LATENT, 5 times larger
-    plain, _ = joint.run(model, path, words[1], empty, 7.5, start=1)
+    plain, _ = editing.run(model, path, words[1], empty, 7.5, start=1)
     assert (path.latent_format.process_out(plain) - one).abs().max() > 1e-2
 
 
 def test_masks_from_words_with_core_s_guider(words):
     """ComfyUI evaluates the negative first where it splits; the masks of a step come from the positive."""
     model = tiny.model()
-    path, empty = joint.path(model, 5), joint.negative("sd1")
-    control = MasaCtrl(words[2], window=(0, 1), blocks="output.1-", source_words=("cat",), target_words=("dog",),
+    path, empty = editing.path(model, 5), editing.negative("sd1")
+    control = MasaCtrl(prompts=words[2], window=(0, 1), blocks="output.1-", source_words=("cat",), target_words=("dog",),
                        threshold=0.5, map_blocks="@1/2")
-    ours, _ = joint.run(model, path, words[1], empty, 7.5, [control])
-    guider = comfy.samplers.CFGGuider(joint.split(model))
+    ours, _ = editing.run(model, path, words[1], empty, 7.5, [control])
+    guider = comfy.samplers.CFGGuider(editing.split(model))
     guider.set_conds(words[1], empty)
     guider.set_cfg(7.5)
     x = path.latent_format.process_out(path.latents[0])
@@ -100,20 +100,20 @@ def test_masks_from_words_with_core_s_guider(words):
 
 
 @pytest.mark.parametrize("control", [
-    lambda words: MasaCtrl(words, window=(0, 1), blocks="output.1-"),
-    lambda words: PromptToPrompt(words, uncond_self=(0, 1), self_=(0, 0)),
+    lambda words: MasaCtrl(prompts=words, window=(0, 1), blocks="output.1-"),
+    lambda words: PromptToPrompt(prompts=words, uncond_self=(0, 1), self_=(0, 0)),
 ])
 def test_the_source_s_negative_is_what_the_inversion_prescribes(words, control):
     """With another negative at every step (null-text), source and target see the same one."""
     import dataclasses
 
     model = tiny.model()
-    path, empty = joint.path(model, 4), joint.negative("sd1")
-    learned = torch.stack([joint.negative("sd1", text)[0][0] for text in ("red", "green", "blue", "grey")])
+    path, empty = editing.path(model, 4), editing.negative("sd1")
+    learned = torch.stack([editing.negative("sd1", text)[0][0] for text in ("red", "green", "blue", "grey")])
     prescribed = dataclasses.replace(path, overrides={"negative": learned})
-    got, guider = joint.run(model, prescribed, words[1], empty, 7.5, [control(words[2])])
+    got, guider = editing.run(model, prescribed, words[1], empty, 7.5, [control(words[2])])
 
-    class Paper(joint.Editor):
+    class Paper(joint_attention.Editor):
         masactrl = isinstance(control(words[2]), MasaCtrl)
 
         def self_attention(self, q, k, v, probs, layer):
@@ -134,5 +134,5 @@ def test_the_source_s_negative_is_what_the_inversion_prescribes(words, control):
         def begin(self, step):
             self.step = step
 
-    expected = joint.joint_edit(model, path, words[0], words[1], [[[n]] for n in learned], 7.5, Paper())
+    expected = joint_attention.joint_edit(model, path, words[0], words[1], [[[n]] for n in learned], 7.5, Paper())
     assert (got - expected).abs().max() < 1e-4

@@ -1,11 +1,9 @@
 """The source pass, live and kept; what a run leaves behind; and who else may patch the same layers."""
 import comfy.model_management
-import joint
 import pytest
-import tiny
 import torch
 from comfy.ldm.modules.attention import optimized_attention
-from comfyui_ledits.attention_hooks.backbones.unet import layout
+from comfyui_ledits.attention_hooks.backbones.unet import UNet
 from comfyui_ledits.attention_hooks.blocks import select
 from comfyui_ledits.attention_hooks.controls.local_blend import LocalBlend
 from comfyui_ledits.attention_hooks.controls.masactrl import MasaCtrl
@@ -15,17 +13,19 @@ from comfyui_ledits.attention_hooks.store import AttentionStore
 from comfyui_ledits.samplers.capture_sampler import CaptureSampler
 from comfyui_ledits.samplers.guider import LeditsGuider
 from comfyui_ledits.samplers.methods.sega import Concept
+from oracles import joint_attention
+from support import editing, tiny
 
 SOURCE, TARGET = "a cat sits on a sofa", "a dog sits on a sofa"
 
 
 def controls(words):
     return {
-        "p2p": [PromptToPrompt(words, blend=LocalBlend(("cat", "dog"), blocks="@1/2", threshold=0.9))],
-        "p2plus": [PromptToPrompt(words, uncond_self=(0, 0.5))],
-        "masactrl": [MasaCtrl(words, window=(0.1, 1), blocks="output.1-")],
-        "pnp": [PlugAndPlay(words, feature_blocks="output.1.0", attention_blocks="output.1-")],
-        "both": [PromptToPrompt(words), PlugAndPlay(words, attention=(0, 0))],
+        "p2p": [PromptToPrompt(prompts=words, blend=LocalBlend(words=("cat", "dog"), blocks="@1/2", threshold=0.9))],
+        "p2plus": [PromptToPrompt(prompts=words, uncond_self=(0, 0.5))],
+        "masactrl": [MasaCtrl(prompts=words, window=(0.1, 1), blocks="output.1-")],
+        "pnp": [PlugAndPlay(prompts=words, feature_blocks="output.1.0", attention_blocks="output.1-")],
+        "both": [PromptToPrompt(prompts=words), PlugAndPlay(prompts=words, attention=(0, 0))],
     }
 
 
@@ -33,7 +33,7 @@ def controls(words):
 def scene():
     """model, path of two pictures, prompts, negative"""
     model = tiny.model()
-    return model, joint.path(model, 6, 2), joint.prompts("sd1", SOURCE, TARGET), joint.negative("sd1")
+    return model, editing.path(model, 6, 2), editing.prompts("sd1", SOURCE, TARGET), editing.negative("sd1")
 
 
 def capture(model, path, negative, attention, **kwargs):
@@ -53,47 +53,47 @@ def psnr(a, b):
 def test_live_ahead_kept_and_named_stores_give_the_same_picture(scene, name):
     model, path, words, empty = scene
     attention = controls(words)[name]
-    single, guider = joint.run(model, path, words.target, empty, 7.5, attention, source_steps=1)
-    ahead, _ = joint.run(model, path, words.target, empty, 7.5, attention, source_steps=4)
+    single, guider = editing.run(model, path, words.target, empty, 7.5, attention, source_steps=1)
+    ahead, _ = editing.run(model, path, words.target, empty, 7.5, attention, source_steps=4)
     assert (single - ahead).abs().max() < 1e-4
     store, source_rows = capture(model, path, empty, attention, dtype=torch.float32)
     assert guider.rows == 6 * 2 * 2 + source_rows
-    kept, guider = joint.run(model, path, words.target, empty, 7.5, attention, store=store)
+    kept, guider = editing.run(model, path, words.target, empty, 7.5, attention, store=store)
     assert (kept - single).abs().max() < 1e-4
     assert guider.rows == 6 * 2 * 2
     loaded = AttentionStore(origin=store.origin)
     for slot, tensor in store.tensors().items():
         loaded.add_named(slot, tensor)
-    again, _ = joint.run(model, path, words.target, empty, 7.5, attention, store=loaded)
+    again, _ = editing.run(model, path, words.target, empty, 7.5, attention, store=loaded)
     assert torch.equal(again, kept)
     half, _ = capture(model, path, empty, attention)
     assert half.nbytes * 2 == store.nbytes
-    assert psnr(joint.run(model, path, words.target, empty, 7.5, attention, store=half)[0], single) > 45
+    assert psnr(editing.run(model, path, words.target, empty, 7.5, attention, store=half)[0], single) > 45
 
 
 def test_a_store_serves_other_target_prompts_and_nothing_else(scene):
     model, path, words, empty = scene
-    store, _ = capture(model, path, empty, [PromptToPrompt(words)], dtype=torch.float32)
-    other = joint.prompts("sd1", SOURCE, "a big red cat sits on a sofa")
-    live, _ = joint.run(model, path, other.target, empty, 7.5, [PromptToPrompt(other)])
-    kept, _ = joint.run(model, path, other.target, empty, 7.5, [PromptToPrompt(other)], store=store)
+    store, _ = capture(model, path, empty, [PromptToPrompt(prompts=words)], dtype=torch.float32)
+    other = editing.prompts("sd1", SOURCE, "a big red cat sits on a sofa")
+    live, _ = editing.run(model, path, other.target, empty, 7.5, [PromptToPrompt(prompts=other)])
+    kept, _ = editing.run(model, path, other.target, empty, 7.5, [PromptToPrompt(prompts=other)], store=store)
     assert (live - kept).abs().max() < 1e-4
     with pytest.raises(ValueError, match="step 3 of 6"):
-        joint.run(model, path, words.target, empty, 7.5, [PromptToPrompt(words, self_=(0, 0.9))], store=store)
+        editing.run(model, path, words.target, empty, 7.5, [PromptToPrompt(prompts=words, self_=(0, 0.9))], store=store)
     with pytest.raises(ValueError, match="another picture"):
-        joint.run(model, joint.path(model, 6, 2, seed=8), words.target, empty, 7.5, [PromptToPrompt(words)], store=store)
-    otherwise = joint.prompts("sd1", "a horse sits on a sofa", TARGET)
+        editing.run(model, editing.path(model, 6, 2, seed=8), words.target, empty, 7.5, [PromptToPrompt(prompts=words)], store=store)
+    otherwise = editing.prompts("sd1", "a horse sits on a sofa", TARGET)
     with pytest.raises(ValueError, match="another source prompt"):
-        joint.run(model, path, otherwise.target, empty, 7.5, [PromptToPrompt(otherwise)], store=store)
-    wide, _ = capture(model, path, empty, [PromptToPrompt(words)], dtype=torch.float32, all_steps=True)
-    joint.run(model, path, words.target, empty, 7.5, [PromptToPrompt(words, self_=(0, 0.9))], store=wide)
+        editing.run(model, path, otherwise.target, empty, 7.5, [PromptToPrompt(prompts=otherwise)], store=store)
+    wide, _ = capture(model, path, empty, [PromptToPrompt(prompts=words)], dtype=torch.float32, all_steps=True)
+    editing.run(model, path, words.target, empty, 7.5, [PromptToPrompt(prompts=words, self_=(0, 0.9))], store=wide)
 
 
 def test_a_store_that_does_not_fit_is_refused_with_numbers(scene, monkeypatch):
     model, path, words, empty = scene
     monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *args, **kwargs: 2**20)
     with tiny.Calls(model) as calls, pytest.raises(ValueError, match=r"\d GB of host memory for 6 .*0.00 GB are free"):
-        capture(model, path, empty, [PromptToPrompt(words)])
+        capture(model, path, empty, [PromptToPrompt(prompts=words)])
     assert not calls.calls
 
 
@@ -106,17 +106,17 @@ def test_the_estimate_is_the_size(scene, caplog):
 
 def test_the_source_runs_ahead_only_where_a_control_reads_it(scene):
     model, path, words, empty = scene
-    attention = [PromptToPrompt(words, cross=(0, 0.5), self_=(0, 0))]
+    attention = [PromptToPrompt(prompts=words, cross=(0, 0.5), self_=(0, 0))]
     with tiny.Calls(model) as calls:
-        _, guider = joint.run(model, path, words.target, empty, 7.5, attention)
+        _, guider = editing.run(model, path, words.target, empty, 7.5, attention)
     assert calls.rows == guider.rows == 2 * (6 * 2 + 3)
     assert [len(t) for t, _ in calls.calls] == [3 * 2, *[4] * 6]  # three steps of two pictures at once, then the edit
     other = model.clone()
     other.set_model_attn1_patch(lambda n, k, v, extra: (n, k, v))  # may look at the noise level: one per call
     with tiny.Calls(model) as calls:
-        joint.run(other, path, words.target, empty, 7.5, attention)
+        editing.run(other, path, words.target, empty, 7.5, attention)
     assert [len(t) for t, _ in calls.calls] == [2, 4] * 3 + [4] * 3
-    _, guider = joint.run(model, path, words.target, empty, 1.0, [PromptToPrompt(words, uncond_self=(0, 1))])
+    _, guider = editing.run(model, path, words.target, empty, 1.0, [PromptToPrompt(prompts=words, uncond_self=(0, 1))])
     assert guider.rows == 2 * (6 + 5)  # nothing of the negative at cfg 1
 
 
@@ -125,10 +125,10 @@ def test_the_source_runs_ahead_only_where_a_control_reads_it(scene):
 def test_equal_prompts_give_the_picture_back(kind, name):
     """On a path that is the source's own: y_next = y + (sigma_next - sigma) * eps at every step."""
     model = tiny.model(kind)
-    path, words = joint.path(model, 6, 1), joint.prompts(kind, SOURCE, SOURCE)
-    path = joint.own_path(model, path, words.source, joint.negative(kind))
-    attention = controls(words)[name] if name != "p2p" else [PromptToPrompt(words)]
-    out, _ = joint.run(model, path, words.target, joint.negative(kind), 1.0, attention)
+    path, words = editing.path(model, 6, 1), editing.prompts(kind, SOURCE, SOURCE)
+    path = editing.own_path(model, path, words.source, editing.negative(kind))
+    attention = controls(words)[name] if name != "p2p" else [PromptToPrompt(prompts=words)]
+    out, _ = editing.run(model, path, words.target, editing.negative(kind), 1.0, attention)
     assert (out - path.latents[-1]).abs().max() < 1e-4
 
 
@@ -146,10 +146,10 @@ def test_another_pack_s_patch_is_called(scene):
     other = model.clone()
     other.set_model_attn1_replace(patched("attn1", 0.5), "output", 2, 0)
     other.set_model_attn2_replace(patched("attn2", 0.5), "output", 3)
-    attention = [PromptToPrompt(words), MasaCtrl(words, window=(0.5, 1), blocks="output.1-", own_keys=True)]
-    with_both, _ = joint.run(other, path, words.target, empty, 7.5, attention)
+    attention = [PromptToPrompt(prompts=words), MasaCtrl(prompts=words, window=(0.5, 1), blocks="output.1-", own_keys=True)]
+    with_both, _ = editing.run(other, path, words.target, empty, 7.5, attention)
     assert seen["attn1"] >= 6 * 2 and seen["attn2"] >= 6 * 2
-    without, _ = joint.run(model, path, words.target, empty, 7.5, attention)
+    without, _ = editing.run(model, path, words.target, empty, 7.5, attention)
     assert (with_both - without).abs().max() > 1e-3
 
 
@@ -163,9 +163,9 @@ def test_what_another_patch_adds_to_cross_attention_stays_exactly(scene):
 
     other = model.clone()
     other.set_model_attn2_replace(adding, *key)
-    got, _ = joint.run(other, path, words.target, empty, 7.5, [PromptToPrompt(words, self_=(0, 0))])
+    got, _ = editing.run(other, path, words.target, empty, 7.5, [PromptToPrompt(prompts=words, self_=(0, 0))])
 
-    class Paper(joint.Editor):
+    class Paper(joint_attention.Editor):
         def begin(self, step):
             self.step = step
 
@@ -180,7 +180,7 @@ def test_what_another_patch_adds_to_cross_attention_stays_exactly(scene):
     hooks = [to_q.register_forward_hook(lambda m, a, out: queries.append(out)),
              to_out.register_forward_pre_hook(lambda m, a: (a[0] + 0.3 * queries.pop(),))]
     try:
-        expected = joint.joint_edit(model, path, words.source, words.target, empty, 7.5, Paper())
+        expected = joint_attention.joint_edit(model, path, words.source, words.target, empty, 7.5, Paper())
     finally:
         for hook in hooks:
             hook.remove()
@@ -189,24 +189,24 @@ def test_what_another_patch_adds_to_cross_attention_stays_exactly(scene):
 
 def test_concepts_follow_the_negative_and_areas_stay_untouched(scene):
     model, path, words, empty = scene
-    concept = Concept(tiny.conditioning(seed=5), warmup=0, scale=3.0, threshold=0.5)
-    attention = [MasaCtrl(words, window=(0, 1), blocks="output.1-")]
-    same = Concept(empty, warmup=0, scale=3.0, threshold=0.5)
-    plain, _ = joint.run(model, path, words.target, empty, 7.5, attention)
-    nothing, _ = joint.run(model, path, words.target, empty, 7.5, attention, concepts=(same,))
+    concept = Concept(conditioning=tiny.conditioning(seed=5), warmup=0, scale=3.0, threshold=0.5)
+    attention = [MasaCtrl(prompts=words, window=(0, 1), blocks="output.1-")]
+    same = Concept(conditioning=empty, warmup=0, scale=3.0, threshold=0.5)
+    plain, _ = editing.run(model, path, words.target, empty, 7.5, attention)
+    nothing, _ = editing.run(model, path, words.target, empty, 7.5, attention, concepts=(same,))
     assert (plain - nothing).abs().max() < 1e-4  # eps_e - eps_u is zero: both were edited alike
-    something, _ = joint.run(model, path, words.target, empty, 7.5, attention, concepts=(concept,))
+    something, _ = editing.run(model, path, words.target, empty, 7.5, attention, concepts=(concept,))
     assert (plain - something).abs().max() > 1e-3
     area = [[words.target[0][0], {"area": (8, 16, 8, 0), "strength": 1.0}]]
-    out, _ = joint.run(model, path, words.target + area, empty, 7.5, [PromptToPrompt(words)])
+    out, _ = editing.run(model, path, words.target + area, empty, 7.5, [PromptToPrompt(prompts=words)])
     assert torch.isfinite(out).all()
 
 
 def test_equal_positive_and_negative_are_told_apart(scene):
     model, path, words, _ = scene
-    concept = Concept(tiny.conditioning(seed=5), warmup=0, scale=3.0, threshold=0.5)
-    attention = [PromptToPrompt(words, cross=(0, 1), self_=(0, 1))]
-    out, guider = joint.run(model, path, words.target, words.target, 7.5, attention, concepts=(concept,))
+    concept = Concept(conditioning=tiny.conditioning(seed=5), warmup=0, scale=3.0, threshold=0.5)
+    attention = [PromptToPrompt(prompts=words, cross=(0, 1), self_=(0, 1))]
+    out, guider = editing.run(model, path, words.target, words.target, 7.5, attention, concepts=(concept,))
     assert guider.rows == 2 * 6 * (3 + 1)
 
 
@@ -214,7 +214,7 @@ def test_equal_positive_and_negative_are_told_apart(scene):
 @pytest.mark.parametrize("fail_at", [1, 4])
 def test_nothing_is_left_on_the_model(scene, name, fail_at):
     model, path, words, empty = scene
-    before, _ = joint.run(model, path, words.target, empty, 7.5)
+    before, _ = editing.run(model, path, words.target, empty, 7.5)
     hooks = [len(m._forward_hooks) for m in model.model.diffusion_model.modules()]
 
     def interrupt(calls):
@@ -222,9 +222,9 @@ def test_nothing_is_left_on_the_model(scene, name, fail_at):
             raise comfy.model_management.InterruptProcessingException()
 
     with tiny.Calls(model, interrupt), pytest.raises(comfy.model_management.InterruptProcessingException):
-        joint.run(model, path, words.target, empty, 7.5, controls(words)[name])
-    joint.run(model, path, words.target, empty, 7.5, controls(words)[name])
-    after, _ = joint.run(model, path, words.target, empty, 7.5)
+        editing.run(model, path, words.target, empty, 7.5, controls(words)[name])
+    editing.run(model, path, words.target, empty, 7.5, controls(words)[name])
+    after, _ = editing.run(model, path, words.target, empty, 7.5)
     assert torch.equal(before, after)
     assert hooks == [len(m._forward_hooks) for m in model.model.diffusion_model.modules()]
     assert not model.model_options.get("transformer_options", {}).get("patches_replace")
@@ -235,18 +235,18 @@ def test_what_does_not_fit_is_refused_before_anything_runs(scene):
 
     def refused(match, attention, positive=words.target):
         with tiny.Calls(model) as calls, pytest.raises(ValueError, match=match):
-            joint.run(model, path, positive, empty, 7.5, attention)
+            editing.run(model, path, positive, empty, 7.5, attention)
         assert not calls.calls
 
-    refused("no block 'output.17'.*output.3", [PromptToPrompt(words, self_blocks="output.17")])
-    refused("no block selection", [PlugAndPlay(words, attention_blocks="decoder")])
-    refused("Two Prompt-to-Prompt", [PromptToPrompt(words), PromptToPrompt(words)])
-    refused("not the target prompt", [PromptToPrompt(words)], words.source)
-    refused("not the target prompt", [PromptToPrompt(words)], tiny.conditioning(tokens=154))
-    other = joint.prompts("sd1", "a horse", TARGET)
-    refused("different source prompts", [PromptToPrompt(words), PlugAndPlay(other)])
+    refused("no block 'output.17'.*output.3", [PromptToPrompt(prompts=words, self_blocks="output.17")])
+    refused("no block selection", [PlugAndPlay(prompts=words, attention_blocks="decoder")])
+    refused("Two Prompt-to-Prompt", [PromptToPrompt(prompts=words), PromptToPrompt(prompts=words)])
+    refused("not the target prompt", [PromptToPrompt(prompts=words)], words.source)
+    refused("not the target prompt", [PromptToPrompt(prompts=words)], tiny.conditioning(tokens=154))
+    other = editing.prompts("sd1", "a horse", TARGET)
+    refused("different source prompts", [PromptToPrompt(prompts=words), PlugAndPlay(prompts=other)])
     with pytest.raises(ValueError, match="no U-Net"):
-        layout(torch.nn.Linear(1, 1), "Flux")
+        UNet(torch.nn.Linear(1, 1), "Flux")
 
 
 def test_blocks_of_sd_and_sdxl_by_name():
@@ -264,7 +264,7 @@ def test_blocks_of_sd_and_sdxl_by_name():
                              channel_mult=mult, transformer_depth=list(down), transformer_depth_output=list(up),
                              transformer_depth_middle=middle, context_dim=16, use_spatial_transformer=True,
                              legacy=False, **heads)
-        found = layout(unet)
+        found = UNet(unet).layout
         assert found.kind == kind
         assert len(found.layers) == {"SD": 16, "SDXL": 70}[kind]
         size = {"SD": (64, 64), "SDXL": (128, 128)}[kind]

@@ -3,18 +3,16 @@
 import dataclasses
 import functools
 
-import chain_parts as parts_
 import comfy.samplers
-import joint
 import pytest
-import tiny
 import torch
-from chain_parts import CFG, CONTROLS, EDITS, LINKS, ON_TARGET, SIDE, Watch, linked, plain, scene
 from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_differential_diffusion import DifferentialDiffusion
 from comfy_extras.nodes_easycache import EasyCacheNode
 from comfy_extras.nodes_hypertile import HyperTile
 from comfy_extras.nodes_pag import PerturbedAttentionGuidance
+from support import chain_parts, editing, tiny
+from support.chain_parts import CFG, CONTROLS, EDITS, LINKS, ON_TARGET, SIDE, Watch, linked, plain, scene
 
 import nodes
 
@@ -54,7 +52,7 @@ def predictions(link):
             return noise
 
     guider = comfy.samplers.CFGGuider(parts.model)
-    guider.set_conds(parts_.words().source, parts_.words().source)
+    guider.set_conds(chain_parts.words().source, chain_parts.words().source)
     guider.set_cfg(1.0)
     picture = parts.path.latents[-1]
     with Watch(parts) as watch, torch.inference_mode():
@@ -103,7 +101,7 @@ def test_a_control_net_is_on_the_target_s_rows_alone():
 def test_a_lora_is_the_same_as_other_weights(edit):
     """Source and target see the model the user gave: `W + strength * up @ down`, whoever adds it."""
     with_loader = scene("lora").edit(edit)
-    assert gap(plain(parts_.with_lora_in_its_weights(tiny.model())).edit(edit), with_loader) < 1e-4
+    assert gap(plain(chain_parts.with_lora_in_its_weights(tiny.model())).edit(edit), with_loader) < 1e-4
 
 
 @pytest.mark.parametrize("edit", EDITS)
@@ -128,7 +126,7 @@ def test_an_area_s_own_rows_are_as_without_control(edit):
             parts.edit(name)
         first = max(t for t, *_ in watch.rows)
         seen.append([(x, c, o) for t, x, c, o, _ in watch.rows if t == first and x.shape[-1] == SIDE // 2])
-    for prompt in (parts_.OTHER, parts.negative):  # the area's, and the negative beside it
+    for prompt in (chain_parts.OTHER, parts.negative):  # the area's, and the negative beside it
         (x, o), (own_x, own_o) = (
             [(x, o) for x, c, o in rows if torch.equal(c, prompt[0][0][0])][0] for rows in seen
         )
@@ -154,7 +152,7 @@ def test_a_target_in_an_area_alone_is_refused(edit):
     parts = scene()
     areas = [
         nodes.ConditioningSetArea().append(parts.positive, SIDE * 4, SIDE * 8, 0, 0, 1.0)[0],
-        nodes.ConditioningSetMask().append(parts.positive, parts_.left_half(), "mask bounds", 1.0)[0],
+        nodes.ConditioningSetMask().append(parts.positive, chain_parts.left_half(), "mask bounds", 1.0)[0],
     ]
     for positive in areas:
         own = dataclasses.replace(parts, positive=positive)
@@ -169,9 +167,9 @@ def test_a_target_in_an_area_alone_is_refused(edit):
 def test_perturbed_attention_guidance_perturbs_edited_layers_too(kind):
     """D + scale * (D_c - D_perturbed): the perturbed prediction made by hand, with values in the place of attention."""
     model = tiny.model(kind)
-    words, negative = joint.prompts(kind, parts_.SOURCE, parts_.TARGET), joint.negative(kind)
-    path = joint.path(model, 3)
-    control = [parts_.PromptToPrompt(words, cross=(0, 1), self_=(0, 1), self_blocks="middle")]
+    words, negative = editing.prompts(kind, chain_parts.SOURCE, chain_parts.TARGET), editing.negative(kind)
+    path = editing.path(model, 3)
+    control = [chain_parts.PromptToPrompt(prompts=words, cross=(0, 1), self_=(0, 1), self_blocks="middle")]
     scale = 2.0
 
     def by_hand(args):
@@ -190,10 +188,10 @@ def test_perturbed_attention_guidance_perturbs_edited_layers_too(kind):
 
     other = model.clone()
     other.set_model_sampler_post_cfg_function(by_hand)
-    expected, _ = joint.run(other, path, words.target, negative, CFG, control)
+    expected, _ = editing.run(other, path, words.target, negative, CFG, control)
     pag = PerturbedAttentionGuidance.execute(model, scale)[0]
-    got, _ = joint.run(pag, path, words.target, negative, CFG, control)
-    without, _ = joint.run(model, path, words.target, negative, CFG, control)
+    got, _ = editing.run(pag, path, words.target, negative, CFG, control)
+    without, _ = editing.run(model, path, words.target, negative, CFG, control)
     assert (got - expected).abs().max() < 1e-4
     assert (got - without).abs().max() > 1e-3
 

@@ -8,9 +8,9 @@ import itertools
 import comfy.cldm.cldm
 import pytest
 import safetensors.torch
-import tiny
 import torch
 from comfyui_ledits.demo import nets
+from support import tiny
 from test_controls_server import edit
 from test_server import Plain, Server, node
 

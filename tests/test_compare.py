@@ -3,7 +3,6 @@ import functools
 
 import comfy.latent_formats
 import pytest
-import tiny
 import torch
 from comfyui_ledits.attention_hooks.controls.pnp import PlugAndPlay
 from comfyui_ledits.demo import loader
@@ -13,6 +12,7 @@ from comfyui_ledits.nodes.compare import Sheet, Sweep
 from comfyui_ledits.nodes.edit_friendly_inversion import EditFriendlyInversion
 from comfyui_ledits.nodes.sampling import LeditsKSampler
 from comfyui_ledits.samplers.methods.sega import Concept
+from support import tiny
 
 pytestmark = pytest.mark.usefixtures("inference_mode")
 model = functools.cache(tiny.model)
@@ -162,7 +162,8 @@ def test_every_cell_is_the_single_edit_bit_for_bit(case):
     more = {
         "plain": {},
         "concept, mask and solver": {
-            "concepts": (Concept(tiny.conditioning(seed=4), 1, 5.0, 0.8, 0, None, 0.3, 0.6),),
+            "concepts": (Concept(conditioning=tiny.conditioning(seed=4), scale=5.0, threshold=0.8, warmup=0, momentum_scale=0.3,
+                                  momentum_beta=0.6),),
             "mask": torch.ones(1, 64, 64).tril(), "solver": "dpmpp_2m_sde",
         },
         "attention": {"attention": (PlugAndPlay(),)},

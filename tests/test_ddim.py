@@ -3,12 +3,13 @@ import functools
 import logging
 
 import pytest
-import reference
-import tiny
 import torch
 from comfyui_ledits.nodes.ddim_inversions import DDIMInversion, DirectInversion
 from comfyui_ledits.nodes.sampling import LeditsKSampler
 from comfyui_ledits.samplers.methods import ddim
+from comfyui_ledits.samplers.methods.families import FAMILIES
+from oracles import diffusion
+from support import tiny
 
 pytestmark = pytest.mark.usefixtures("inference_mode")
 model = functools.cache(tiny.model)
@@ -42,7 +43,7 @@ def picture_of(kind, latent):
 
 def in_vp(inversion, timesteps):
     """The latents of a path in variance-preserving units, float64."""
-    return [y.double() * reference.abar(t).sqrt() for y, t in zip(inversion.latents, timesteps)]
+    return [y.double() * diffusion.abar(t).sqrt() for y, t in zip(inversion.latents, timesteps)]
 
 
 close = functools.partial(torch.testing.assert_close, rtol=0, atol=1e-4)
@@ -55,7 +56,7 @@ def climb(network, words, x, timesteps, v_prediction):
     scheduler reads v at the latent's own level)."""
     path = [x]
     for t, s in list(zip(timesteps, timesteps[1:]))[::-1]:
-        high, low = reference.abar(t), reference.abar(s)
+        high, low = diffusion.abar(t), diffusion.abar(s)
         e = network(x.float(), torch.tensor([float(t)]), context=words).double()
         e = low.sqrt() * e + (1 - low).sqrt() * x if v_prediction else e
         x = high.sqrt() * (x - (1 - low).sqrt() * e) / low.sqrt() + (1 - high).sqrt() * e
@@ -64,16 +65,16 @@ def climb(network, words, x, timesteps, v_prediction):
 
 
 def ddim_step(predict, x, t, p):
-    return reference.step(x, predict(x, t), t, p, eta=0.0)[0]
+    return diffusion.step(x, predict(x, t), t, p, eta=0.0)[0]
 
 
 def paper(kind, latent, steps=10, cfg=7.5):
     """Timesteps, the path at guidance 1, and the predictions of an edit with the source's and the target's words."""
     source, empty, target = prompts(kind, SOURCE, EMPTY, TARGET)
-    timesteps = reference.ddim_uniform(steps)
+    timesteps = diffusion.ddim_uniform(steps)
     network, words = model(kind).model.diffusion_model, source[0][0]
     path = climb(network, words, picture_of(kind, latent), timesteps, kind == "sd2")
-    return timesteps, path, *(reference.guided(model(kind), words, empty, cfg) for words in (source, target))
+    return timesteps, path, *(diffusion.guided(model(kind), words, empty, cfg) for words in (source, target))
 
 
 # --- the path -------------------------------------------------------------------------------------------------------
@@ -100,15 +101,15 @@ def test_the_path_is_that_of_diffusers(kind, cfg):
 
 @pytest.mark.parametrize("kind", ["sd1", "sd2"])
 def test_convention_b_tells_the_network_the_level_it_comes_from(kind):
-    latent, timesteps = tiny.latent(kind), reference.ddim_uniform(10)
+    latent, timesteps = tiny.latent(kind), diffusion.ddim_uniform(10)
     inversion = invert(kind, latent, convention="B")[0]
     x, words = picture_of(kind, latent), prompts(kind, SOURCE)[0]
     for i, (t, s) in reversed(list(enumerate(zip(timesteps, timesteps[1:])))):
         if s >= 0:
-            e = reference.eps(model(kind), words, x, s)
+            e = diffusion.eps(model(kind), words, x, s)
         else:  # the picture itself has no timestep: 0 is the nearest. It holds no noise, so v is eps.
             e = model(kind).model.diffusion_model(x.float(), torch.zeros(1), context=words[0][0]).double()
-        high, low = reference.abar(t), reference.abar(s)
+        high, low = diffusion.abar(t), diffusion.abar(s)
         x = high.sqrt() * (x - (1 - low).sqrt() * e) / low.sqrt() + (1 - high).sqrt() * e
         close(in_vp(inversion, timesteps)[i], x)
     other = invert(kind, latent)[0]
@@ -173,7 +174,7 @@ def test_the_re_simulated_source_is_sampled_from_x_T_at_the_edits_guidance(kind)
         x = ddim_step(source, x, t, p)
         close(in_vp(inversion, timesteps)[i + 1], x, atol=1e-3)
     assert (x - path[-1]).abs().max() > 0.1
-    close(inversion.latents[0].double() * reference.abar(timesteps[0]).sqrt(), path[0])
+    close(inversion.latents[0].double() * diffusion.abar(timesteps[0]).sqrt(), path[0])
 
 
 def offsets(timesteps, path, predict, scale=1.0, every=1):
@@ -260,8 +261,8 @@ class Mixture:
 
 def round_trip(steps, **how):
     mixture = Mixture()
-    sigmas = torch.tensor([float(reference.sigma(t)) for t in reference.ddim_uniform(steps)], dtype=torch.float64)
-    path = ddim.invert(mixture.pictures, sigmas, mixture, **how)
+    sigmas = torch.tensor([float(diffusion.sigma(t)) for t in diffusion.ddim_uniform(steps)], dtype=torch.float64)
+    path = ddim.invert(mixture.pictures, sigmas, mixture, family=FAMILIES["ve"], scaling=ddim.eps_scaling, lowest=0.0292, **how)
     y = path[0]
     for s, p in zip(sigmas, sigmas[1:]):  # plain Euler
         y = y + (p - s) / s * (y - mixture(y, s.expand(len(y))))

@@ -26,7 +26,7 @@ from comfyui_ledits.nodes.ddim_inversions import DDIMInversion, DirectInversion
 from comfyui_ledits.nodes.sampling import LeditsKSampler
 from comfyui_ledits.tools import measure
 from comfyui_ledits.tools.benchmarks import demobench_truth
-from demo_nodes import DemoNodes, draw, held_out
+from support.demo_nodes import DemoNodes, draw, held_out
 
 pytestmark = pytest.mark.demo
 
@@ -113,7 +113,9 @@ class Editor(DemoNodes):
             for i in members:
                 assert torch.equal(encoded[i].alignment.matrix, first.alignment.matrix)
             both = [[[torch.cat([getattr(encoded[i], side)[0][0] for i in members]), {}]] for side in ("source", "target")]
-            yield members, EditPrompts(*both, first.source_tokens, first.target_tokens, first.alignment)
+            yield members, EditPrompts(
+                source=both[0], target=both[1], source_tokens=first.source_tokens, target_tokens=first.target_tokens,
+                alignment=first.alignment)
 
     def run(self, tasks, controls=None, direct=True, cfg=CFG, skip=0):
         """Edited pictures.

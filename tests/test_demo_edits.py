@@ -17,7 +17,7 @@ from comfyui_ledits.nodes.edit_friendly_inversion import EditFriendlyInversion
 from comfyui_ledits.nodes.sampling import LeditsKSampler
 from comfyui_ledits.nodes.semantic_concept import SemanticConcept
 from comfyui_ledits.tools import measure
-from demo_nodes import DemoNodes, draw, held_out
+from support.demo_nodes import DemoNodes, draw, held_out
 
 pytestmark = pytest.mark.demo
 

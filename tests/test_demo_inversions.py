@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 from comfyui_ledits.demo import captions
-from comfyui_ledits.nodes.ddim_inversions import DDIMInversion, DirectInversion, NegativePromptInversion, SDEditPath
+from comfyui_ledits.nodes.ddim_inversions import DDIMInversion, DirectInversion, NegativePromptInversion
 from comfyui_ledits.nodes.edit_friendly_inversion import EditFriendlyInversion
 from comfyui_ledits.nodes.learned_inversions import NullTextInversion, StyleDiffusionInversion
 from comfyui_ledits.nodes.sampling import LeditsKSampler
+from comfyui_ledits.nodes.sdedit import SDEditPath
 from comfyui_ledits.tools import measure
-from demo_nodes import DemoNodes, draw, held_out
+from support.demo_nodes import DemoNodes, draw, held_out
 
 pytestmark = pytest.mark.demo
 

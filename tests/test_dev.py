@@ -12,7 +12,7 @@ import time
 import urllib.request
 
 import pytest
-from stand_ins import Clone, make_source, make_wheel
+from support.stand_ins import Clone, make_source, make_wheel
 
 import dev
 
@@ -177,7 +177,7 @@ def no_browser(monkeypatch, tmp_path, clone):
     monkeypatch.setenv("PATH", str(folder))
     monkeypatch.delenv("CHROMIUM", raising=False)
     module = clone.module()
-    monkeypatch.setattr(module, "BROWSERS", ("chromium",))
+    monkeypatch.setitem(module.chromium.__globals__, "BROWSERS", ("chromium",))
     module.DEV.mkdir()
     return module, folder
 
@@ -256,6 +256,7 @@ def test_a_real_folder_in_the_place_of_the_link_is_refused(tmp_path):
 @pytest.mark.parametrize("version", [(3, 9, 1), (3, 14, 0)])
 def test_an_unsupported_python_is_told_which_ones_are(clone, version):
     pretend = (f"import runpy, sys; sys.version_info = {version}; sys.argv = ['dev.py', 'test'];"
+               f"sys.path.insert(0, {str(clone.root)!r});"
                f"runpy.run_path({str(clone.root / 'dev.py')!r}, run_name='__main__')")
     process = subprocess.run([sys.executable, "-c", pretend], check=False, capture_output=True, text=True)
     refused((process.returncode, process.stdout, process.stderr),

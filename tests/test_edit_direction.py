@@ -1,9 +1,8 @@
 """Edit directions: the difference of two means, by hand."""
-import joint
 import pytest
-import tiny
 import torch
 from comfyui_ledits.nodes.pix2pix_zero_edit import EditDirection
+from support import editing, tiny
 
 
 def encoded(clip, text):
@@ -13,9 +12,9 @@ def encoded(clip, text):
 
 @pytest.mark.parametrize("kind", ["sd1", "sdxl"])
 def test_the_edit_direction_is_the_difference_of_means(kind):
-    clip = joint.clip(kind)
+    clip = editing.clip(kind)
     cats, dogs = ["a cat", "a cat sits"], ["a dog", "the dog (sits:1.3) here", "dogs"]
-    conditioning = joint.negative(kind, "a cat on a sofa")
+    conditioning = editing.negative(kind, "a cat on a sofa")
     given = [[words.clone(), {**more, "strength": 0.5}] for words, more in conditioning]
     for strength in (1.0, -0.5):
         out, = EditDirection.execute(clip, given, "\n".join(cats) + "\n\n", "\n".join(dogs), strength).args
@@ -29,7 +28,7 @@ def test_the_edit_direction_is_the_difference_of_means(kind):
 
 
 def test_directions_and_prompts_of_different_lengths():
-    clip = joint.clip()
+    clip = editing.clip()
     long, short = "a cat" + " word" * 90, "a dog"
     prompts = {tokens: tiny.conditioning(tokens=tokens) for tokens in (77, 154, 231)}
     both = encoded(clip, long)[0] - encoded(clip, long.replace("cat", "dog"))[0]
@@ -48,7 +47,7 @@ def test_directions_and_prompts_of_different_lengths():
 
 
 def test_wrong_directions_are_refused():
-    clip = joint.clip()
+    clip = editing.clip()
     with pytest.raises(ValueError, match="at least one"):
         EditDirection.execute(clip, tiny.conditioning(), "a cat", " \n", 1.0)
     with pytest.raises(ValueError, match="another text encoder"):

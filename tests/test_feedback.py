@@ -2,7 +2,7 @@
 import re
 
 import pytest
-from listening import listen
+from support.listening import listen
 
 STEPS, EDITED = 4, 3
 

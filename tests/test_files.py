@@ -7,15 +7,14 @@ import time
 
 import pytest
 import safetensors.torch
-import tiny
 import torch
-from comfyui_ledits.files import inversion_file
-from comfyui_ledits.nodes import inversion_files
+from comfyui_ledits.files import inversion_file, places
 from comfyui_ledits.nodes.edit_friendly_inversion import EditFriendlyInversion
 from comfyui_ledits.nodes.inversion_files import LoadInversion, SaveInversion
 from comfyui_ledits.nodes.sampling import LeditsKSampler
 from comfyui_ledits.tools.api.client import ComfyClient
-from records import record, saved
+from support import tiny
+from support.records import record, saved
 
 pytestmark = pytest.mark.usefixtures("inference_mode")
 model = functools.cache(tiny.model)
@@ -93,7 +92,7 @@ def test_nothing_outside_of_the_folders_is_loaded(folders, raw, tmp_path, name):
     assert isinstance(told, str) and told.endswith(".")
     with pytest.raises(ValueError):
         LoadInversion.execute(name)
-    assert inversion_files.found(inversion_file.KIND) == []
+    assert places.found(inversion_file.KIND) == []
 
 
 @pytest.mark.parametrize("prefix", ["../x", "a/../../x", "/x", "C:\\x", "{outside}/x", "link/x", "", "x\0", "..\\x"])
@@ -123,7 +122,7 @@ def test_names_are_counted_and_dated(folders):
         file = result.ui["inversions"][0]
         assert folders[0] / file["subfolder"] / file["filename"] == folders[0] / (name + ".ledits.safetensors")
     moment = time.strptime("2031-02-03 04:05:06", "%Y-%m-%d %H:%M:%S")
-    assert inversion_files.with_date("a %date% %date:yy.MM.dd-hh.mm.ss% %year%", moment) == "a 2031-02-03 31.02.03-04.05.06 %year%"
+    assert places.with_date("a %date% %date:yy.MM.dd-hh.mm.ss% %year%", moment) == "a 2031-02-03 31.02.03-04.05.06 %year%"
 
 
 def test_the_picker_lists_inversions_newest_first(folders, raw):
@@ -133,7 +132,7 @@ def test_the_picker_lists_inversions_newest_first(folders, raw):
     (into / "lora.safetensors").write_bytes(safetensors.torch.save({"lora": torch.ones(4)}))
     (into / "notes.txt").write_bytes(raw)
     os.utime(into / "mine.safetensors", (1, 1))
-    assert inversion_files.found(inversion_file.KIND) == ["deep/er/one_00001_.ledits.safetensors [output]", "mine.safetensors"]
+    assert places.found(inversion_file.KIND) == ["deep/er/one_00001_.ledits.safetensors [output]", "mine.safetensors"]
     os.utime(out / "deep/er/one_00001_.ledits.safetensors", (0, 0))
     options = LoadInversion.INPUT_TYPES()["required"]["file"][1]["options"]
     assert options == ["mine.safetensors", "deep/er/one_00001_.ledits.safetensors [output]"]

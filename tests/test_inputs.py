@@ -2,7 +2,6 @@
 import functools
 
 import pytest
-import tiny
 import torch
 from comfy_extras.nodes_custom_sampler import DisableNoise, FlipSigmas, SamplerCustomAdvanced
 from comfyui_ledits.nodes.edit_friendly_inversion import EditFriendlyInversion
@@ -12,6 +11,7 @@ from comfyui_ledits.nodes.unpack_pack import PackInversion, UnpackInversion
 from comfyui_ledits.samplers.guider import LeditsGuider
 from comfyui_ledits.samplers.ledits import LeditsSampler
 from comfyui_ledits.samplers.methods.sega import Concept
+from support import tiny
 
 import nodes
 
@@ -280,7 +280,7 @@ def test_the_mask_of_a_latent_is_the_mask_of_the_node(inverted):
 
 
 def test_a_concept_acts_inside_the_mask_alone(inverted):
-    concept = (Concept(tiny.conditioning(seed=5), warmup=0),)
+    concept = (Concept(conditioning=tiny.conditioning(seed=5), warmup=0),)
     plain, pushed = (edit(inverted, concepts=chain, mask=half(8, 8)) for chain in (None, concept))
     assert torch.equal(plain[..., :4], pushed[..., :4])
     assert not torch.equal(plain[..., 4:], pushed[..., 4:])

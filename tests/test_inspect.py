@@ -165,6 +165,6 @@ def test_a_reconstruction_of_another_size_is_refused():
 @pytest.mark.parametrize("settings", [{}, {"cfg": "x", "prompt": "y" * 5000, "deep": [{}]}])
 def test_strange_settings_do_no_harm(settings):
     made, _ = record(size=8)
-    made = Inversion(made.sigmas[-2:], made.latents[-2:], None, made.etas[-1:], "ve", "m" * 400, "z" * 90, settings, {},
-                     made.latent_format)
+    made = Inversion(sigmas=made.sigmas[-2:], latents=made.latents[-2:], etas=made.etas[-1:], family="ve", model="m" * 400,
+                     method="z" * 90, settings=settings, latent_format=made.latent_format)
     assert InspectInversion.execute(made)[0].shape[3] == 3

@@ -6,7 +6,6 @@ import pickle
 import struct
 
 import comfy.latent_formats
-import mutations
 import numpy
 import pytest
 import safetensors
@@ -15,7 +14,8 @@ import torch
 from comfyui_ledits.demo.loader import DemoLatent
 from comfyui_ledits.files import inversion_file, latent_formats
 from comfyui_ledits.nodes import inversion_files  # noqa: F401  it registers the demo model's latents
-from records import record, saved
+from support import mutations
+from support.records import record, saved
 
 pytestmark = pytest.mark.usefixtures("inference_mode")
 

@@ -1,17 +1,17 @@
 """MasaCtrl against its paper's joint batch with explicit matrices."""
-import joint
 import pytest
-import tiny
 import torch
 import torch.nn.functional as F
 from comfyui_ledits.attention_hooks.controls.masactrl import MasaCtrl
+from oracles import joint_attention
+from support import editing, tiny
 
 SOURCE, TARGET = "a cat sits on a sofa", "a cat runs on a sofa"
 SHAPES = [("sd1", 16, 16, 1, False), ("sdxl", 24, 16, 2, False), ("sd1", 24, 16, 2, True), ("sdxl", 16, 16, 1, True)]
 DECODER = {"sd1": "output.1-", "sdxl": "output.0-"}
 
 
-class Paper(joint.Editor):
+class Paper(joint_attention.Editor):
     """arXiv 2304.08465, equations 4 to 7; from step `start` on, in the decoder's layers from `first` on."""
 
     def __init__(self, first, start=1, union=False, masks=None, words=None, threshold=0.1):
@@ -63,11 +63,11 @@ class Paper(joint.Editor):
 
 def both(kind, height, width, batch, apart, control, paper, cfg=7.5):
     model = tiny.model(kind)
-    path = joint.path(model, 10, batch, height, width)
-    words, empty = joint.prompts(kind, SOURCE, TARGET), joint.negative(kind)
-    expected = joint.joint_edit(model, path, words.source, words.target, empty, cfg, paper)
-    plain = joint.joint_edit(model, path, words.source, words.target, empty, cfg, joint.Editor())
-    got, _ = joint.run(joint.split(model) if apart else model, path, words.target, empty, cfg, [control(words)])
+    path = editing.path(model, 10, batch, height, width)
+    words, empty = editing.prompts(kind, SOURCE, TARGET), editing.negative(kind)
+    expected = joint_attention.joint_edit(model, path, words.source, words.target, empty, cfg, paper)
+    plain = joint_attention.joint_edit(model, path, words.source, words.target, empty, cfg, joint_attention.Editor())
+    got, _ = editing.run(editing.split(model) if apart else model, path, words.target, empty, cfg, [control(words)])
     return got, expected, plain
 
 
@@ -85,7 +85,7 @@ def masks(batch, height, width):
 def test_queries_look_up_the_source(kind, height, width, batch, apart, union):
     got, expected, plain = both(
         kind, height, width, batch, apart,
-        lambda words: MasaCtrl(words, window=(0.1, 1), blocks=DECODER[kind], own_keys=union),
+        lambda words: MasaCtrl(prompts=words, window=(0.1, 1), blocks=DECODER[kind], own_keys=union),
         Paper(1 if kind == "sd1" else 0, union=union))
     assert (got - expected).abs().max() < 1e-4
     assert (got - plain).abs().max() > 1e-2
@@ -96,7 +96,7 @@ def test_given_masks_keep_object_and_ground_apart(kind, height, width, batch, ap
     source, target = masks(batch, height, width)
     got, expected, plain = both(
         kind, height, width, batch, apart,
-        lambda words: MasaCtrl(words, window=(0.1, 1), blocks=DECODER[kind], source_mask=source, target_mask=target),
+        lambda words: MasaCtrl(prompts=words, window=(0.1, 1), blocks=DECODER[kind], source_mask=source, target_mask=target),
         Paper(1 if kind == "sd1" else 0, masks=(source, target)))
     assert (got - expected).abs().max() < 1e-4
     assert (got - plain).abs().max() > 1e-2
@@ -108,18 +108,18 @@ def test_masks_from_the_words_of_the_prompts(kind, height, width, batch, apart):
     paper = Paper(1 if kind == "sd1" else 0, words={"grid": grid, "c_s": [2], "c_t": [2]}, threshold=0.5)
     control = dict(window=(0.1, 1), blocks=DECODER[kind], source_words=("cat",), target_words=("cat",), threshold=0.5,
                    map_blocks="@1/2")
-    got, expected, plain = both(kind, height, width, batch, apart, lambda words: MasaCtrl(words, **control), paper)
+    got, expected, plain = both(kind, height, width, batch, apart, lambda words: MasaCtrl(prompts=words, **control), paper)
     assert (got - expected).abs().max() < 1e-4
     without = both(kind, height, width, batch, apart,
-                   lambda words: MasaCtrl(words, window=(0.1, 1), blocks=DECODER[kind]), joint.Editor())[0]
+                   lambda words: MasaCtrl(prompts=words, window=(0.1, 1), blocks=DECODER[kind]), joint_attention.Editor())[0]
     assert (got - without).abs().max() > 1e-3
 
 
 def test_without_a_source_prompt_the_negative_serves_and_is_evaluated_once():
     model = tiny.model()
-    path = joint.path(model, 10)
-    words, empty = joint.prompts("sd1", SOURCE, TARGET), joint.negative("sd1")
-    expected = joint.joint_edit(model, path, empty, words.target, empty, 7.5, Paper(1, start=4))
-    got, guider = joint.run(model, path, words.target, empty, 7.5, [MasaCtrl(window=(0.4, 1), blocks="output.1-")])
+    path = editing.path(model, 10)
+    words, empty = editing.prompts("sd1", SOURCE, TARGET), editing.negative("sd1")
+    expected = joint_attention.joint_edit(model, path, empty, words.target, empty, 7.5, Paper(1, start=4))
+    got, guider = editing.run(model, path, words.target, empty, 7.5, [MasaCtrl(window=(0.4, 1), blocks="output.1-")])
     assert (got - expected).abs().max() < 1e-4
     assert guider.rows == 10 * 2 + 6

@@ -6,13 +6,13 @@ import socket
 import numpy as np
 import pytest
 import safetensors.torch
-import tiny_networks
 import torch
 import torchvision
 from comfyui_ledits.evaluation.metrics import METRICS, PUBLISHED, Metrics
 from comfyui_ledits.evaluation.networks import NETWORKS, Networks
 from PIL import Image
-from tiny_networks import MODES, measure, pictures
+from support import tiny_networks
+from support.tiny_networks import MODES, measure, pictures
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,13 @@
 """Structure distance and CLIP similarities against transformers' raw features, and the quirks of PIE-Bench in them."""
 import numpy as np
 import pytest
-import tiny_networks
 import torch
 import transformers
 from comfyui_ledits.evaluation.metrics import Metrics
 from comfyui_ledits.evaluation.networks import Networks
 from PIL import Image
-from tiny_networks import MODES, measure, pictures
+from support import tiny_networks
+from support.tiny_networks import MODES, measure, pictures
 
 
 @pytest.fixture(scope="module")

@@ -9,13 +9,13 @@ import re
 import folder_paths
 import numpy as np
 import pytest
-import tiny_networks
 import torch
 from comfyui_ledits.evaluation import table
 from comfyui_ledits.evaluation.metrics import METRICS
 from comfyui_ledits.nodes.edit_metrics import OUTPUTS, EditMetrics
 from comfyui_ledits.tools.api.client import ComfyClient
 from PIL import Image
+from support import tiny_networks
 
 NAMES = [name for _, name, _ in OUTPUTS]
 

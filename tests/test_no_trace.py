@@ -8,13 +8,13 @@ import functools
 
 import comfy.model_management
 import pytest
-import tiny
 import torch
-from chain_parts import CONTROLS, SIDE, STEPS, attention, empty, plain, words
 from comfyui_ledits.nodes.capture_attention import CaptureAttention
 from comfyui_ledits.nodes.ddim_inversions import DDIMInversion, DirectInversion, NegativePromptInversion
 from comfyui_ledits.nodes.edit_friendly_inversion import EditFriendlyInversion
 from comfyui_ledits.nodes.learned_inversions import ON_INTERRUPT, NullTextInversion, StyleDiffusionInversion
+from support import tiny
+from support.chain_parts import CONTROLS, SIDE, STEPS, attention, empty, plain, words
 from test_traces import INTERRUPTED, act_at, fail, state
 
 import nodes

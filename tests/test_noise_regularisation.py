@@ -2,12 +2,13 @@
 import random
 
 import pytest
-import tiny
 import torch
 from comfyui_ledits.nodes.ddim_inversions import DDIMInversion
 from comfyui_ledits.samplers.methods import ddim
+from comfyui_ledits.samplers.methods.families import FAMILIES
 from comfyui_ledits.samplers.methods.noise_regularisation import NoiseRegularisation, draw_shifts
 from comfyui_ledits.tools.api.client import ComfyClient
+from support import tiny
 
 PUBLISHED = {"noise_regularisation": "pix2pix-zero", "lambda_ac": 20.0, "lambda_kl": 20.0, "reg_steps": 5, "ac_rolls": 5,
              "reg_seed": 0}
@@ -102,7 +103,8 @@ def test_every_prediction_of_the_inversion_is_regularised(refinements):
     def denoise(y, sigma, i):
         return y - sigma.view(-1, 1, 1, 1) * y.tanh()  # eps is tanh(y)
 
-    path = ddim.invert(y0, sigmas, denoise, refinements=refinements, regularise=regularise)
+    path = ddim.invert(y0, sigmas, denoise, family=FAMILIES["ve"], scaling=ddim.eps_scaling, refinements=refinements,
+                       regularise=regularise)
     assert asked == [i for i in (2, 1, 0) for _ in range(refinements + 1)]
     y = y0
     for i in (2, 1, 0):

@@ -4,18 +4,18 @@ import functools
 import comfy.model_management
 import comfy.model_patcher
 import comfy.sample
-import learning
 import pytest
-import reference
-import tiny
 import torch
 from comfyui_ledits.nodes.learned_inversions import ON_INTERRUPT, NullTextInversion
 from comfyui_ledits.nodes.sampling import LeditsKSampler
 from comfyui_ledits.samplers import gradients
 from comfyui_ledits.samplers.gradient_inverters import NullTextInverter
 from comfyui_ledits.samplers.guider import LeditsGuider
-from comfyui_ledits.samplers.methods import fit, null_text
-from listening import listen
+from comfyui_ledits.samplers.methods import fit
+from comfyui_ledits.samplers.methods.families import FAMILIES
+from oracles import diffusion, learning
+from support import tiny
+from support.listening import listen
 
 pytestmark = pytest.mark.usefixtures("inference_mode")
 SOURCE, EMPTY, CFG = 1, 2, 7.5
@@ -56,7 +56,7 @@ def test_it_learns_what_the_papers_loop_learns(kind, batch):
         network = learning.Network(kind)
         pictures = tiny.KINDS[kind][0].latent_format().process_in(latent.clone()).double()
         (words, null), vectors = ((c[0][0].double() for c in prompts(kind)), [network.vector(c, latent) for c in prompts(kind)])
-        timesteps = reference.ddim_uniform(3)
+        timesteps = diffusion.ddim_uniform(3)
         for b in range(batch):
             expected, losses = learning.null_text(network, pictures[b : b + 1], timesteps, words, null, CFG, 3, vectors)
             change = (expected[:, 0] - null[0]).abs().mean()
@@ -82,15 +82,15 @@ def test_gradients_are_those_of_the_network():
 
     with gradients.differentiable(model()) as own:
         guider = LeditsGuider(own, *prompts(), CFG)
-        sigmas = torch.tensor([reference.sigma(t) for t in reference.ddim_uniform(3)])
+        sigmas = torch.tensor([diffusion.sigma(t) for t in diffusion.ddim_uniform(3)])
         latent = tiny.latent("sd1", 2)["samples"]
         guider.sample(torch.zeros_like(latent), latent, Probe(), sigmas, disable_pbar=True)
     with torch.inference_mode(False):
-        network, t = learning.Network("sd1"), reference.ddim_uniform(3)[1]
+        network, t = learning.Network("sd1"), diffusion.ddim_uniform(3)[1]
         words = tiny.conditioning("sd1", EMPTY)[0][0].double().requires_grad_()
         for y, gradient in zip(found["y"].double(), found["gradient"]):
-            x = y[None] * reference.abar(t).sqrt()
-            d = y[None] - reference.sigma(t) * network.eps(x, t, words)
+            x = y[None] * diffusion.abar(t).sqrt()
+            d = y[None] - diffusion.sigma(t) * network.eps(x, t, words)
             expected, = torch.autograd.grad((d**2).sum(), words)
             assert (gradient - expected[0]).norm() < 1e-4 * expected.norm()
 
@@ -146,14 +146,14 @@ def test_it_stops_after_the_step_that_was_good_enough():
 def test_rate_and_threshold_follow_the_papers_code():
     assert [fit.learning_rate(i) for i in (0, 25, 49)] == pytest.approx([0.01, 0.0075, 0.0051])
     assert fit.learning_rate(500) > 0
-    assert [fit.good_enough(i) for i in (0, 49)] == pytest.approx([1e-5, 99e-5])
+    assert [fit.loss_to_leave_at(i) for i in (0, 49)] == pytest.approx([1e-5, 99e-5])
 
 
 def test_the_error_is_that_of_variance_preserving_latents():
     y, target, sigma = torch.randn(2, 4, 3, 3), torch.randn(2, 4, 3, 3), 7.0
     scale = (1 / (1 + sigma**2)) ** 0.5
     expected = torch.stack([torch.nn.functional.mse_loss(a * scale, b * scale) for a, b in zip(y, target)])
-    assert torch.allclose(null_text.mse_vp(y, target, sigma), expected)
+    assert torch.allclose(fit.mse_vp(y, target, sigma, FAMILIES["ve"]), expected)
 
 
 # --- a good citizen -------------------------------------------------------------------------------------------------
@@ -206,7 +206,7 @@ def test_an_interruption_keeps_or_discards(after, monkeypatch):
         with gradients.differentiable(model()) as own:
             guider = LeditsGuider(own, *prompts(), CFG)
             latent = tiny.latent()["samples"]
-            sigmas = torch.tensor([reference.sigma(t) for t in reference.ddim_uniform(4)])
+            sigmas = torch.tensor([diffusion.sigma(t) for t in diffusion.ddim_uniform(4)])
 
             def callback(step, d, y, total):
                 if step == 3 + 2 * after:  # the path is 4 predictions; a step takes 2 tries

@@ -3,16 +3,15 @@
 import dataclasses
 import functools
 
-import chain_parts as parts_
 import comfy.model_base
 import comfy.model_patcher
 import comfy.supported_models
 import pytest
-import tiny
 import torch
-from chain_parts import CONTROLS, scene
 from comfyui_ledits.nodes.capture_attention import CaptureAttention
 from comfyui_ledits.nodes.edit_friendly_inversion import EditFriendlyInversion
+from support import chain_parts, tiny
+from support.chain_parts import CONTROLS, scene
 
 import nodes
 
@@ -39,7 +38,7 @@ def other_family(name):
     tiny.fill(inner.diffusion_model, 0)
     model = comfy.model_patcher.ModelPatcher(inner, torch.device("cpu"), torch.device("cpu"))
     picture = torch.randn(1, inner.latent_format.latent_channels, side, side, generator=torch.Generator().manual_seed(1))
-    words = [[parts_.words().target[0][0], {"pooled_output": torch.randn(1, 24)}]]
+    words = [[chain_parts.words().target[0][0], {"pooled_output": torch.randn(1, 24)}]]
     return model, {"samples": picture}, words
 
 
@@ -50,7 +49,7 @@ def test_flow_models_are_refused_by_inversion_edit_and_capture(name):
     parts = dataclasses.replace(scene(), model=model, positive=words, negative=words)
     for edit in CONTROLS:
         runs += [functools.partial(parts.edit, edit), functools.partial(parts.edit, edit, through="parts"),
-                 lambda edit=edit: CaptureAttention.execute(model, words, parts.path, tuple(parts_.attention(edit)), 1)]
+                 lambda edit=edit: CaptureAttention.execute(model, words, parts.path, tuple(chain_parts.attention(edit)), 1)]
     with torch.inference_mode():
         nodes.common_ksampler(model, 1, 1, 2.0, "euler", "simple", words, words, latent)  # it does work
     refused(model, runs, f"{name} is not a diffusion model.*SD3 and Flux.*flow models")
@@ -59,9 +58,9 @@ def test_flow_models_are_refused_by_inversion_edit_and_capture(name):
 @pytest.mark.parametrize("edit", CONTROLS)
 def test_a_transformer_that_can_be_inverted_is_refused_by_the_controls(edit):
     model, latent, words, path = inverted_transformer()
-    parts = parts_.Parts(model, path, words, words)
+    parts = chain_parts.Parts(model, path, words, words)
     runs = [functools.partial(parts.edit, edit), functools.partial(parts.edit, edit, through="parts"),
-            lambda: CaptureAttention.execute(model, words, path, tuple(parts_.attention(edit)), 1)]
+            lambda: CaptureAttention.execute(model, words, path, tuple(chain_parts.attention(edit)), 1)]
     refused(model, runs, "PixArt has no U-Net.*SD3 and Flux.*SD 1.x, SD 2.x, SDXL")
 
 
@@ -70,7 +69,7 @@ def inverted_transformer():
     model, latent, words = other_family("PixArt")
     with torch.inference_mode():
         path = EditFriendlyInversion.execute(model, words, words, latent, 1.0, 2, "simple", 1.0, 0)[0]
-        parts_.Parts(model, path, words, words).edit("plain")  # an edit without attention control works
+        chain_parts.Parts(model, path, words, words).edit("plain")  # an edit without attention control works
     return model, latent, words, path
 
 

@@ -3,12 +3,12 @@ import functools
 from dataclasses import replace
 
 import pytest
-import reference
-import tiny
 import torch
 from comfy_extras.nodes_custom_sampler import BasicGuider, CFGGuider, DisableNoise, SamplerCustomAdvanced
 from comfyui_ledits.nodes.ddim_inversions import DDIMInversion, NegativePromptInversion
 from comfyui_ledits.nodes.sampling import LeditsKSampler, LeditsSamplerNode
+from oracles import diffusion
+from support import tiny
 
 pytestmark = pytest.mark.usefixtures("inference_mode")
 model = functools.cache(tiny.model)
@@ -39,14 +39,14 @@ def slerp(low, high, share):
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("kind", ["sd1", "sd2"])
 def test_negative_prompt_inversion_is_a_plain_loop_with_the_source_as_negative(kind, share):
-    latent, timesteps = tiny.latent(kind), reference.ddim_uniform(10)
+    latent, timesteps = tiny.latent(kind), diffusion.ddim_uniform(10)
     inversion = invert(NegativePromptInversion, kind, latent, share)[0]
     source, empty, target = prompts(kind, SOURCE, EMPTY, TARGET)
     words = slerp(source[0][0].double(), empty[0][0].double(), share).float() if 0 < share < 1 else None
     negative = [[words, {}]] if words is not None else [source, empty][int(share)]
-    x = inversion.latents[0].double() * reference.abar(timesteps[0]).sqrt()
+    x = inversion.latents[0].double() * diffusion.abar(timesteps[0]).sqrt()
     for t, p in zip(timesteps, timesteps[1:]):
-        x = reference.step(x, reference.guided(model(kind), target, negative, 7.5)(x, t), t, p, eta=0.0)[0]
+        x = diffusion.step(x, diffusion.guided(model(kind), target, negative, 7.5)(x, t), t, p, eta=0.0)[0]
     edited = edit(kind, inversion)[0]["samples"]
     close(edited, tiny.KINDS[kind][0].latent_format().process_out(x).float())
     plain = edit(kind, replace(inversion, overrides={}))[0]["samples"]

@@ -1,11 +1,11 @@
 """Prompt-to-Prompt and P2Plus against the papers' joint batch with explicit matrices."""
-import joint
 import pytest
-import tiny
 import torch
 import torch.nn.functional as F
 from comfyui_ledits.attention_hooks.controls.local_blend import LocalBlend
 from comfyui_ledits.attention_hooks.controls.p2p import PromptToPrompt
+from oracles import joint_attention
+from support import editing, tiny
 
 SOURCE, REFINED, SWAPPED = "a cat on a sofa", "a silver cat on a sofa", "a schnauzer on a sofa"
 # Positions of the tokens, counted by hand: <start> a cat on a sofa <end>; "schnauzer" is two of them.
@@ -14,7 +14,7 @@ WORDS = {SOURCE: {"cat": [2], "sofa": [5]}, REFINED: {"silver": [2], "cat": [3],
 SHAPES = [("sd1", 16, 16, 1, False), ("sdxl", 24, 16, 2, False), ("sd1", 24, 16, 2, True), ("sdxl", 16, 16, 1, True)]
 
 
-class Paper(joint.Editor):
+class Paper(joint_attention.Editor):
     """Equations of arXiv 2208.01626, section 3, on the maps of one head."""
 
     def __init__(self, target, steps, cross, self_until, uncond_until=0, words=None, eq=None, blend=None):
@@ -92,24 +92,24 @@ class Paper(joint.Editor):
 def both(kind, height, width, batch, apart, target, control, paper, cfg=7.5):
     """(the pack's result, the paper's, plain guidance's) after 10 steps."""
     model = tiny.model(kind)
-    path = joint.path(model, 10, batch, height, width)
-    words = joint.prompts(kind, SOURCE, target)
-    empty = joint.negative(kind)
+    path = editing.path(model, 10, batch, height, width)
+    words = editing.prompts(kind, SOURCE, target)
+    empty = editing.negative(kind)
     paper.tokens = height * width
-    expected = joint.joint_edit(model, path, words.source, words.target, empty, cfg, paper)
-    plain = joint.joint_edit(model, path, words.source, words.target, empty, cfg, joint.Editor())
-    model = joint.split(model) if apart else model
-    got, _ = joint.run(model, path, words.target, empty, cfg, [control(words)])
+    expected = joint_attention.joint_edit(model, path, words.source, words.target, empty, cfg, paper)
+    plain = joint_attention.joint_edit(model, path, words.source, words.target, empty, cfg, joint_attention.Editor())
+    model = editing.split(model) if apart else model
+    got, _ = editing.run(model, path, words.target, empty, cfg, [control(words)])
     return got, expected, plain
 
 
 @pytest.mark.parametrize("kind, height, width, batch, apart", SHAPES)
 def test_plain_guidance_is_the_joint_batch_without_an_editor(kind, height, width, batch, apart):
     model = tiny.model(kind)
-    path = joint.path(model, 10, batch, height, width)
-    words, empty = joint.prompts(kind, SOURCE, REFINED), joint.negative(kind)
-    expected = joint.joint_edit(model, path, words.source, words.target, empty, 7.5, joint.Editor())
-    got, _ = joint.run(joint.split(model) if apart else model, path, words.target, empty, 7.5)
+    path = editing.path(model, 10, batch, height, width)
+    words, empty = editing.prompts(kind, SOURCE, REFINED), editing.negative(kind)
+    expected = joint_attention.joint_edit(model, path, words.source, words.target, empty, 7.5, joint_attention.Editor())
+    got, _ = editing.run(editing.split(model) if apart else model, path, words.target, empty, 7.5)
     assert (got - expected).abs().max() < 1e-4
 
 
@@ -118,7 +118,7 @@ def test_plain_guidance_is_the_joint_batch_without_an_editor(kind, height, width
 def test_words_and_places_follow_the_source(kind, height, width, batch, apart, target):
     got, expected, plain = both(
         kind, height, width, batch, apart, target,
-        lambda words: PromptToPrompt(words, cross=(0, 0.6), self_=(0, 0.4)), Paper(target, 10, 0.6, 0.4))
+        lambda words: PromptToPrompt(prompts=words, cross=(0, 0.6), self_=(0, 0.4)), Paper(target, 10, 0.6, 0.4))
     assert (got - expected).abs().max() < 1e-4
     assert (got - plain).abs().max() > 1e-2
 
@@ -127,10 +127,10 @@ def test_words_and_places_follow_the_source(kind, height, width, batch, apart, t
 def test_p2plus_replaces_self_attention_of_the_negative_too(kind, height, width, batch, apart):
     got, expected, _ = both(
         kind, height, width, batch, apart, REFINED,
-        lambda words: PromptToPrompt(words, cross=(0, 0.8), self_=(0, 0.4), uncond_self=(0, 0.5)),
+        lambda words: PromptToPrompt(prompts=words, cross=(0, 0.8), self_=(0, 0.4), uncond_self=(0, 0.5)),
         Paper(REFINED, 10, 0.8, 0.4, 0.5))
     without = both(kind, height, width, batch, apart, REFINED,
-                   lambda words: PromptToPrompt(words, cross=(0, 0.8), self_=(0, 0.4)), Paper(REFINED, 10, 0.8, 0.4))[0]
+                   lambda words: PromptToPrompt(prompts=words, cross=(0, 0.8), self_=(0, 0.4)), Paper(REFINED, 10, 0.8, 0.4))[0]
     assert (got - expected).abs().max() < 1e-4
     assert (got - without).abs().max() > 1e-3
 
@@ -139,7 +139,7 @@ def test_p2plus_replaces_self_attention_of_the_negative_too(kind, height, width,
 def test_words_are_reweighted_and_have_windows_of_their_own(kind, height, width, batch, apart):
     got, expected, plain = both(
         kind, height, width, batch, apart, REFINED,
-        lambda words: PromptToPrompt(words, cross=(0, 0.8), self_=(0, 0), words=(("sofa", (0.2, 0.5)),),
+        lambda words: PromptToPrompt(prompts=words, cross=(0, 0.8), self_=(0, 0), words=(("sofa", (0.2, 0.5)),),
                                      equalizer=(("cat", -1.5), ("Silver", 3.0))),
         Paper(REFINED, 10, 0.8, 0, words={"sofa": (0.2, 0.5)}, eq={"cat": -1.5, "silver": 3.0}))
     assert (got - expected).abs().max() < 1e-4
@@ -151,10 +151,10 @@ def test_local_blend_keeps_the_picture_where_the_words_are_not(kind, height, wid
     grid = (height // 2, width // 2)
     paper = Paper(REFINED, 10, 0.8, 0.4, blend={"grid": grid, "words": ["cat", "silver"], "substruct": ["sofa"],
                                                 "threshold": 0.9, "start": 0.2})
-    blend = LocalBlend(("cat", "silver"), ("sofa",), 0.9, 0.9, 0.2, blocks="@1/2")
+    blend = LocalBlend(words=("cat", "silver"), substruct_words=("sofa",), threshold=0.9, substruct_threshold=0.9, start=0.2, blocks="@1/2")
     got, expected, plain = both(
         kind, height, width, batch, apart, REFINED,
-        lambda words: PromptToPrompt(words, cross=(0, 0.8), self_=(0, 0.4), blend=blend), paper)
+        lambda words: PromptToPrompt(prompts=words, cross=(0, 0.8), self_=(0, 0.4), blend=blend), paper)
     assert 0 < paper.area.float().mean() < 1
     assert (got - expected).abs().max() < 1e-4
     assert (got - plain).abs().max() > 1e-2
@@ -164,8 +164,8 @@ def test_local_blend_keeps_the_picture_where_the_words_are_not(kind, height, wid
 def test_a_longer_negative_in_the_same_call(apart):
     """ComfyUI repeats the shorter prompt: every copy of a token has its share of the attention."""
     model = tiny.model()
-    path, words = joint.path(model, 10), joint.prompts("sd1", SOURCE, REFINED)
-    long = joint.negative("sd1", "ugly " * 100)
+    path, words = editing.path(model, 10), editing.prompts("sd1", SOURCE, REFINED)
+    long = editing.negative("sd1", "ugly " * 100)
 
     class Copies(Paper):
         def cross_maps(self, probs, layer):
@@ -176,21 +176,21 @@ def test_a_longer_negative_in_the_same_call(apart):
     paper = Copies(REFINED, 10, 0.8, 0.4)
     paper.tokens = 256
     twice = [[[c[0][0].repeat(1, 2, 1), {}]] for c in (words.source, words.target)]
-    expected = joint.joint_edit(model, path, *twice, long, 7.5, paper)
-    control = PromptToPrompt(words, cross=(0, 0.8), self_=(0, 0.4))
-    got, _ = joint.run(joint.split(model) if apart else model, path, words.target, long, 7.5, [control])
+    expected = joint_attention.joint_edit(model, path, *twice, long, 7.5, paper)
+    control = PromptToPrompt(prompts=words, cross=(0, 0.8), self_=(0, 0.4))
+    got, _ = editing.run(editing.split(model) if apart else model, path, words.target, long, 7.5, [control])
     assert (got - expected).abs().max() < 1e-4
 
 
 def test_prompts_of_different_lengths():
     """Source of one chunk, target of two: where both say the same, the pictures still follow each other."""
     model = tiny.model()
-    path, words = joint.path(model, 4), joint.prompts("sd1", SOURCE, "a silver cat on a sofa" + " word" * 90)
-    blend = LocalBlend(("cat",), blocks="@1/2")
-    control = PromptToPrompt(words, uncond_self=(0, 0.5), blend=blend)
-    empty = joint.negative("sd1")
-    together, _ = joint.run(model, path, words.target, empty, 7.5, [control])
-    apart, _ = joint.run(joint.split(model), path, words.target, empty, 7.5, [control])
-    plain, _ = joint.run(model, path, words.target, empty, 7.5)
+    path, words = editing.path(model, 4), editing.prompts("sd1", SOURCE, "a silver cat on a sofa" + " word" * 90)
+    blend = LocalBlend(words=("cat",), blocks="@1/2")
+    control = PromptToPrompt(prompts=words, uncond_self=(0, 0.5), blend=blend)
+    empty = editing.negative("sd1")
+    together, _ = editing.run(model, path, words.target, empty, 7.5, [control])
+    apart, _ = editing.run(editing.split(model), path, words.target, empty, 7.5, [control])
+    plain, _ = editing.run(model, path, words.target, empty, 7.5)
     assert (together - apart).abs().max() < 1e-4
     assert (together - plain).abs().max() > 1e-2

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from comfyui_ledits.tools.benchmarks import piebench, piebench_run, report, runner_work, table_methods
 from comfyui_ledits.tools.benchmarks.runner_book import RESULTS, Book
-from piebench_data import runs_of, write_folder
 from PIL import Image
+from support.piebench_data import runs_of, write_folder
 
 # --- masks and prompts ----------------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ import pytest
 from comfyui_ledits.tools.api.client import ComfyClient, ComfyError
 from comfyui_ledits.tools.benchmarks import piebench_run
 from conftest import COMFYUI
-from piebench_data import write_folder
+from support.piebench_data import write_folder
 
 import dev
 
@@ -79,8 +79,9 @@ def test_a_lost_worker_and_server_lose_nothing(server_url, tmp_path, capsys):
     home = dev.Home(Path(sys.executable), COMFYUI, base)
     with contextlib.ExitStack() as stack:
         second, server = stack.enter_context(dev.start_server(home, *device, log=tmp_path / "server.log"))
-        stack.enter_context(running(tmp_path / "scheduler.log", "-m", "dask", "scheduler", "--host", "127.0.0.1",
-                                    "--port", "0", "--no-dashboard", "--scheduler-file", tmp_path / "scheduler.json"))
+        stack.enter_context(running(tmp_path / "scheduler.log", "-m", "dask", "scheduler", "--preload", "tools/run.py",
+                                    "--host", "127.0.0.1", "--port", "0", "--no-dashboard",
+                                    "--scheduler-file", tmp_path / "scheduler.json"))
         address = eventually(lambda: scheduler_address(tmp_path), "the scheduler's start")
         _, killed, left = (
             stack.enter_context(running(tmp_path / f"worker{number}.log", "tools/run.py", "benchmarks.runner_dask", address,
@@ -116,6 +117,6 @@ def test_a_lost_worker_and_server_lose_nothing(server_url, tmp_path, capsys):
 
 def test_no_scheduler_is_a_sentence(tmp_path):
     write_folder(tmp_path / "data", 1, 64)
-    with pytest.raises(ComfyError, match="No Dask scheduler answers at tcp://127.0.0.1:9 .*python -m dask scheduler"):
+    with pytest.raises(ComfyError, match="No Dask scheduler answers at tcp://127.0.0.1:9 .*python dev.py benchscheduler"):
         piebench_run.main(["--data", str(tmp_path / "data"), "--output", str(tmp_path / "out"), "--checkpoint", "demo",
                            "--scheduler", "tcp://127.0.0.1:9", "--methods", METHOD])

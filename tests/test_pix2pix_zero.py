@@ -1,9 +1,7 @@
 """pix2pix-zero against its paper's joint batch with explicit matrices, and torch's autograd through all of it."""
 import comfy.model_management
 import comfy.samplers
-import joint
 import pytest
-import tiny
 import torch
 from comfyui_ledits.attention_hooks.controls.masactrl import MasaCtrl
 from comfyui_ledits.attention_hooks.controls.p2p import PromptToPrompt
@@ -13,6 +11,8 @@ from comfyui_ledits.nodes.capture_attention import CaptureAttention
 from comfyui_ledits.nodes.pix2pix_zero_edit import Pix2PixZeroNode
 from comfyui_ledits.samplers.ledits import LeditsSampler
 from comfyui_ledits.samplers.methods.sega import Concept
+from oracles import joint_attention
+from support import editing, tiny
 
 import nodes
 
@@ -21,7 +21,7 @@ SHAPES = [("sd1", 16, 16, 1, False), ("sdxl", 24, 24, 2, False), ("sd1", 24, 24,
 LAMBDA = 2.0  # large enough to see
 
 
-class Paper(joint.Editor):
+class Paper(joint_attention.Editor):
     """arXiv 2302.03027, algorithm 1: a step of gradient descent on the latent, for the maps of the edited prompt.
 
     The published lambda goes with the released code's loss: the mean over heads and over two rows of each picture.
@@ -66,8 +66,8 @@ def rows(steps, guided, batch=1):
 @pytest.fixture
 def scene():
     """model, path of two pictures, prompts, negative"""
-    path = joint.path(tiny.model(), 3, 2, 8, 8)
-    return frozen("sd1"), path, joint.prompts("sd1", SOURCE, TARGET), joint.negative("sd1")
+    path = editing.path(tiny.model(), 3, 2, 8, 8)
+    return frozen("sd1"), path, editing.prompts("sd1", SOURCE, TARGET), editing.negative("sd1")
 
 
 def guide(words, **settings):
@@ -79,12 +79,12 @@ def guide(words, **settings):
 @pytest.mark.parametrize("kind, height, width, batch, apart", SHAPES)
 def test_the_target_s_maps_are_drawn_to_the_source_s(kind, height, width, batch, apart):
     model = frozen(kind)
-    path = joint.path(model, 10, batch, height, width)
-    words, empty = joint.prompts(kind, SOURCE, TARGET), joint.negative(kind)
-    expected = joint.joint_edit(tiny.model(kind), path, words.source, words.target, empty, 7.5, Paper())
-    plain = joint.joint_edit(tiny.model(kind), path, words.source, words.target, empty, 7.5, joint.Editor())
-    model = joint.split(model) if apart else model
-    got, guider = joint.run(model, path, words.target, empty, 7.5, [guide(words)])
+    path = editing.path(model, 10, batch, height, width)
+    words, empty = editing.prompts(kind, SOURCE, TARGET), editing.negative(kind)
+    expected = joint_attention.joint_edit(tiny.model(kind), path, words.source, words.target, empty, 7.5, Paper())
+    plain = joint_attention.joint_edit(tiny.model(kind), path, words.source, words.target, empty, 7.5, joint_attention.Editor())
+    model = editing.split(model) if apart else model
+    got, guider = editing.run(model, path, words.target, empty, 7.5, [guide(words)])
     assert (got - expected).abs().max() < 1e-4
     assert (got - plain).abs().max() > 1e-2
     assert guider.rows == rows(10, 10, batch)
@@ -120,15 +120,15 @@ class Chained(Paper):
 def test_it_goes_with_the_other_controls(scene, other, apart):
     model, path, words, empty = scene
     control = {
-        "p2p": PromptToPrompt(words, cross=(0, 0.5), self_=(0, 0.4)),  # 2 of 3 steps, 1 of 3
+        "p2p": PromptToPrompt(prompts=words, cross=(0, 0.5), self_=(0, 0.4)),  # 2 of 3 steps, 1 of 3
         "masactrl": MasaCtrl(source=words.source, window=(0, 1), blocks="output"),
         "pnp": PlugAndPlay(source=words.source, features=(0, 1), attention=(0, 0), feature_blocks="output.1"),
     }[other]
-    expected = joint.joint_edit(tiny.model(), path, words.source, words.target, empty, 7.5, Chained(other))
-    alone, _ = joint.run(model, path, words.target, empty, 7.5, [control])
-    model = joint.split(model) if apart else model
+    expected = joint_attention.joint_edit(tiny.model(), path, words.source, words.target, empty, 7.5, Chained(other))
+    alone, _ = editing.run(model, path, words.target, empty, 7.5, [control])
+    model = editing.split(model) if apart else model
     for chain in ([control, guide(words)], [guide(words), control]):
-        got, _ = joint.run(model, path, words.target, empty, 7.5, chain)
+        got, _ = editing.run(model, path, words.target, empty, 7.5, chain)
         assert (got - expected).abs().max() < 1e-4
         assert (got - alone).abs().max() > 1e-2
 
@@ -140,42 +140,42 @@ def test_it_acts_in_its_window_and_blocks_only(scene):
         def cross_maps(self, probs, layer):
             return super().cross_maps(probs, layer) if layer[0][0] == "output" else probs
 
-    expected = joint.joint_edit(tiny.model(), path, words.source, words.target, empty, 7.5, Decoder(until=2))
+    expected = joint_attention.joint_edit(tiny.model(), path, words.source, words.target, empty, 7.5, Decoder(until=2))
     with tiny.Calls(model) as calls:
-        got, guider = joint.run(model, path, words.target, empty, 7.5, [guide(words, window=(0, 0.7), blocks="output")])
+        got, guider = editing.run(model, path, words.target, empty, 7.5, [guide(words, window=(0, 0.7), blocks="output")])
     assert (got - expected).abs().max() < 1e-4
     assert guider.rows == rows(3, 2, batch=2)
     assert calls.rows == guider.rows - 2 * 2  # a backward pass is no call
     for off in (dict(xa_guidance=0.0), dict(window=(0, 0)), dict(blocks="none")):
-        nothing, guider = joint.run(model, path, words.target, empty, 7.5, [guide(words, **off)])
-        plain, _ = joint.run(model, path, words.target, empty, 7.5)
+        nothing, guider = editing.run(model, path, words.target, empty, 7.5, [guide(words, **off)])
+        plain, _ = editing.run(model, path, words.target, empty, 7.5)
         assert torch.equal(nothing, plain) and guider.rows == rows(3, 0, batch=2)
 
 
 @pytest.mark.parametrize("kind", ["sd1", "sd2", "sdxl"])
 def test_equal_prompts_give_the_picture_back(kind):
     """On a path that is the source's own: y_next = y + (sigma_next - sigma) * eps at every step."""
-    model, words, empty = frozen(kind), joint.prompts(kind, SOURCE, SOURCE), joint.negative(kind)
-    path = joint.own_path(model, joint.path(model, 4, 1, 8, 8), words.source, empty)
-    out, _ = joint.run(model, path, words.target, empty, 1.0, [guide(words)])
+    model, words, empty = frozen(kind), editing.prompts(kind, SOURCE, SOURCE), editing.negative(kind)
+    path = editing.own_path(model, editing.path(model, 4, 1, 8, 8), words.source, empty)
+    out, _ = editing.run(model, path, words.target, empty, 1.0, [guide(words)])
     assert (out - path.latents[-1]).abs().max() < 1e-4
 
 
 def test_without_a_source_prompt_it_is_the_negative(scene):
     """The released code's negative is the source prompt."""
     model, path, words, _ = scene
-    got, guider = joint.run(model, path, words.target, words.source, 7.5, [Pix2PixZero(xa_guidance=LAMBDA)])
-    named, _ = joint.run(model, path, words.target, words.source, 7.5, [guide(words)])
+    got, guider = editing.run(model, path, words.target, words.source, 7.5, [Pix2PixZero(xa_guidance=LAMBDA)])
+    named, _ = editing.run(model, path, words.target, words.source, 7.5, [guide(words)])
     assert (got - named).abs().max() < 1e-5
     assert guider.rows == rows(3, 3, batch=2)
 
 
 def test_a_kept_store_and_core_s_guider_give_the_same(scene):
     model, path, words, empty = scene
-    live, _ = joint.run(model, path, words.target, empty, 7.5, [guide(words)])
+    live, _ = editing.run(model, path, words.target, empty, 7.5, [guide(words)])
     with torch.inference_mode():
         store = CaptureAttention.execute(model, empty, path, (guide(words),), 0, "float32").args[0]
-    kept, guider = joint.run(model, path, words.target, empty, 7.5, [guide(words)], store=store)
+    kept, guider = editing.run(model, path, words.target, empty, 7.5, [guide(words)], store=store)
     assert (kept - live).abs().max() < 1e-5 and guider.rows == rows(3, 3, batch=2) - 3 * 2
     core = comfy.samplers.CFGGuider(model)
     core.set_conds(words.target, empty)
@@ -188,11 +188,11 @@ def test_a_kept_store_and_core_s_guider_give_the_same(scene):
 
 def test_half_precision_is_close(scene):
     _, path, words, empty = scene
-    exact, _ = joint.run(tiny.model(), path, words.target, empty, 2.0, [guide(words)])
-    plain, _ = joint.run(tiny.model(), path, words.target, empty, 2.0)
+    exact, _ = editing.run(tiny.model(), path, words.target, empty, 2.0, [guide(words)])
+    plain, _ = editing.run(tiny.model(), path, words.target, empty, 2.0)
     half = tiny.model()
     half.model.diffusion_model.half().dtype = torch.float16
-    got, _ = joint.run(half, path, words.target, empty, 2.0, [guide(words)])
+    got, _ = editing.run(half, path, words.target, empty, 2.0, [guide(words)])
     assert (got - exact).square().mean() < 0.01 * (exact - plain).square().mean()
 
 
@@ -203,12 +203,12 @@ def test_a_control_net_concepts_and_other_entries_of_the_positive(scene):
     with torch.inference_mode():
         net = tiny.control_net()
     hinted = nodes.ControlNetApplyAdvanced().apply_controlnet(words.target, empty, net, torch.rand(2, 64, 64, 3), 1.0, 0.0, 1.0)
-    concept = Concept(tiny.conditioning(seed=5), warmup=0, scale=3.0, threshold=0.5)
+    concept = Concept(conditioning=tiny.conditioning(seed=5), warmup=0, scale=3.0, threshold=0.5)
     area = [[words.target[0][0], {"area": (4, 8, 4, 0), "strength": 1.0}]]
     other = [[tiny.conditioning(seed=6)[0][0], {}]]
     for positive, negative in (hinted, (words.target + area, empty), (words.target + other, empty)):
-        plain, without = joint.run(model, path, positive, negative, 7.5, concepts=(concept,))
-        out, guider = joint.run(model, path, positive, negative, 7.5, [guide(words)], concepts=(concept,))
+        plain, without = editing.run(model, path, positive, negative, 7.5, concepts=(concept,))
+        out, guider = editing.run(model, path, positive, negative, 7.5, [guide(words)], concepts=(concept,))
         assert torch.isfinite(out).all() and (out - plain).abs().max() > 1e-3
         whole = sum("area" not in more for _, more in positive)
         assert guider.rows == without.rows + 2 * 3 * (1 + 2 * whole)
@@ -217,9 +217,9 @@ def test_a_control_net_concepts_and_other_entries_of_the_positive(scene):
 def test_the_gradient_is_that_of_the_mean_over_entries(scene):
     """Two equal entries are one."""
     model, path, words, empty = scene
-    one, _ = joint.run(model, path, words.target, empty, 7.5, [guide(words)])
-    for where in (model, joint.split(model)):
-        two, _ = joint.run(where, path, words.target * 2, empty, 7.5, [guide(words)])
+    one, _ = editing.run(model, path, words.target, empty, 7.5, [guide(words)])
+    for where in (model, editing.split(model)):
+        two, _ = editing.run(where, path, words.target * 2, empty, 7.5, [guide(words)])
         assert (one - two).abs().max() < 1e-4
 
 
@@ -228,14 +228,14 @@ def test_what_does_not_fit_is_refused_before_anything_runs(scene):
 
     def refused(match, attention, positive=words.target):
         with tiny.Calls(model) as calls, pytest.raises(ValueError, match=match):
-            joint.run(model, path, positive, empty, 7.5, attention)
+            editing.run(model, path, positive, empty, 7.5, attention)
         assert not calls.calls
 
     refused("has 77 tokens.*154.*Edit Direction", [guide(words)], tiny.conditioning(tokens=154))
     refused("Two pix2pix-zero", [guide(words), guide(words)])
     refused("no block 'output.17'", [guide(words, blocks="output.17")])
-    other = joint.prompts("sd1", "a horse", TARGET)
-    refused("different source prompts", [guide(words), PlugAndPlay(other)])
+    other = editing.prompts("sd1", "a horse", TARGET)
+    refused("different source prompts", [guide(words), PlugAndPlay(prompts=other)])
 
 
 def test_a_patch_that_has_no_gradient_is_named(scene):
@@ -245,7 +245,7 @@ def test_a_patch_that_has_no_gradient_is_named(scene):
     patched = model.clone()
     patched.set_model_attn1_patch(lambda q, k, v, extra: (q, k, v * weight))
     with pytest.raises(ValueError, match="A patch on the model.*cannot be differentiated"):
-        joint.run(patched, path, words.target, empty, 7.5, [guide(words)])
+        editing.run(patched, path, words.target, empty, 7.5, [guide(words)])
 
 
 # --- what is left behind --------------------------------------------------------------------------------------------
@@ -275,10 +275,10 @@ def test_nothing_is_left_on_the_model(scene, fail_at):
 
     with tiny.Calls(model, interrupt):
         if fail_at is None:
-            joint.run(model, path, words.target, empty, 7.5, chain)
+            editing.run(model, path, words.target, empty, 7.5, chain)
         else:
             with pytest.raises(comfy.model_management.InterruptProcessingException):
-                joint.run(model, path, words.target, empty, 7.5, chain)
+                editing.run(model, path, words.target, empty, 7.5, chain)
     assert state(model) == own
     assert all(p.grad is None for p in model.model.diffusion_model.parameters())
     assert all(torch.equal(value, weights[name]) for name, value in model.model.diffusion_model.state_dict().items())
@@ -289,7 +289,7 @@ def test_nothing_is_left_on_the_model(scene, fail_at):
 @pytest.mark.parametrize("on_the_way_back", [False, True])
 def test_an_interruption_in_the_middle_of_the_network_leaves_nothing(scene, on_the_way_back):
     model, path, words, empty = scene
-    joint.run(model, path, words.target, empty, 7.5)
+    editing.run(model, path, words.target, empty, 7.5)
     own, seen = state(model), set()
 
     def interrupt(q, k, v, extra):
@@ -303,7 +303,7 @@ def test_an_interruption_in_the_middle_of_the_network_leaves_nothing(scene, on_t
     patched = model.clone()
     patched.set_model_attn1_patch(interrupt)
     with pytest.raises(comfy.model_management.InterruptProcessingException):
-        joint.run(patched, path, words.target, empty, 7.5, [guide(words)])
+        editing.run(patched, path, words.target, empty, 7.5, [guide(words)])
     assert state(model) == own and bool(seen) == on_the_way_back
 
 

@@ -2,33 +2,32 @@
 import io
 import json
 
-import joint
 import numpy
 import pytest
-import tiny
 import torch
 from comfy_extras.nodes_custom_sampler import DisableNoise, SamplerCustomAdvanced
-from comfyui_ledits.attention_hooks.observed import Seen
+from comfyui_ledits.attention_hooks.observed import Observed
 from comfyui_ledits.attention_hooks.text.tokens import Tokens, Word
 from comfyui_ledits.nodes import sampling, sockets
 from comfyui_ledits.nodes.preview import PreviewAttention, RecordAttention
 from comfyui_ledits.tools.api.client import ComfyClient
 from PIL import Image
+from support import editing, tiny
 
 SOURCE, TARGET = "a cat sits on a sofa", "a dog sits on a sofa"
 
 
 def by_hand(batch=1, steps=(0, 1, 2, 3), **masks):
-    """A `Seen` whose word "cat" looks at the upper left in the source, and "dog" at the lower right in the target."""
+    """An `Observed` whose word "cat" looks at the upper left in the source, and "dog" at the lower right in the target."""
     def tokens(text):
         words = tuple(Word(w, (n + 1,)) for n, w in enumerate(text.split()))
-        return Tokens(text, (), (), (0, 77), words)
+        return Tokens(text=text, ids=(), kinds=(), chunks=(0, 77), words=words)
 
     before, after = torch.full((batch, 2, 16, 16), 0.01), torch.full((batch, 2, 16, 16), 0.01)
     before[:, 1, 2:5, 2:5], after[:, 1, 11:14, 11:14] = 0.5, 0.5
-    seen = Seen(len(steps), (128, 128), torch.zeros(batch, 4, 16, 16), (tokens("a cat"), tokens("a dog")),
-                {step: (before, after) for step in steps}, **masks)
-    return {"samples": torch.zeros(batch, 4, 16, 16), sockets.SEEN: seen}
+    observed = Observed(steps=len(steps), size=(128, 128), latent=torch.zeros(batch, 4, 16, 16), masks=masks,
+                        tokens=(tokens("a cat"), tokens("a dog")), maps={step: (before, after) for step in steps})
+    return {"samples": torch.zeros(batch, 4, 16, 16), sockets.SEEN: observed}
 
 
 def hot(picture):
@@ -62,7 +61,7 @@ def test_steps_beside_each_other(batch):
 def test_masks_are_drawn_as_they_are():
     mask = torch.zeros(1, 16, 16, dtype=torch.bool)
     mask[:, :8, :8] = True
-    latent = by_hand(blend={1: mask, 3: mask})
+    latent = by_hand(**{"local blend": {1: (None, mask), 3: (None, mask)}})
     with_mask = PreviewAttention.execute(latent, "cat", "average")[0][0]
     white = (with_mask > 0.999).all(-1).nonzero()
     size = white.amax(0) - white.amin(0) + 1
@@ -105,7 +104,7 @@ def test_what_was_not_recorded_is_said():
     with pytest.raises(ValueError, match="no attention to see.*Record Attention"):
         PreviewAttention.execute({"samples": latent["samples"]}, "", "average")
     mask = torch.ones(1, 16, 16, dtype=torch.bool)
-    masks_only = Seen(4, (128, 128), latent["samples"], blend={3: mask})
+    masks_only = Observed(steps=4, size=(128, 128), latent=latent["samples"], masks={"local blend": {3: (None, mask)}})
     PreviewAttention.execute(latent | {sockets.SEEN: masks_only}, "", "average")
     with pytest.raises(ValueError, match="put Record Attention"):
         PreviewAttention.execute(latent | {sockets.SEEN: masks_only}, "cat", "average")
@@ -113,7 +112,7 @@ def test_what_was_not_recorded_is_said():
 
 def test_with_sampler_custom_advanced():
     model = tiny.model()
-    path, words, empty = joint.path(model, 3), joint.prompts("sd1", SOURCE, TARGET), joint.negative("sd1")
+    path, words, empty = editing.path(model, 3), editing.prompts("sd1", SOURCE, TARGET), editing.negative("sd1")
     attention = RecordAttention.execute(words).args[0]
     with torch.inference_mode():
         sampler, sigmas = sampling.LeditsSamplerNode.execute(path, 0, attention=attention).args

@@ -3,8 +3,6 @@ import functools
 
 import numpy as np
 import pytest
-import reference
-import tiny
 import torch
 from comfy_extras.nodes_custom_sampler import (
     CFGGuider,
@@ -12,10 +10,14 @@ from comfy_extras.nodes_custom_sampler import (
     RandomNoise,
     SamplerCustomAdvanced,
 )
-from comfyui_ledits.nodes.ddim_inversions import DirectInversion, ProximalGuidance, SDEditPath
+from comfyui_ledits.nodes.ddim_inversions import DirectInversion
 from comfyui_ledits.nodes.edit_friendly_inversion import EditFriendlyInversion
+from comfyui_ledits.nodes.proximal_guidance import ProximalGuidance
 from comfyui_ledits.nodes.sampling import LeditsKSampler
+from comfyui_ledits.nodes.sdedit import SDEditPath
 from comfyui_ledits.samplers.methods import proximal
+from oracles import diffusion
+from support import tiny
 
 pytestmark = pytest.mark.usefixtures("inference_mode")
 model = functools.cache(tiny.model)
@@ -66,13 +68,13 @@ def test_weak_guidance_is_left_out_for_each_picture(kind, quantile):
 @pytest.mark.parametrize("shape", proximal.KINDS)
 @pytest.mark.parametrize("kind", ["sd1", "sd2"])
 def test_the_edit_is_a_plain_loop_with_thresholded_guidance(kind, shape):
-    latent, timesteps = tiny.latent(kind), reference.ddim_uniform(10)
+    latent, timesteps = tiny.latent(kind), diffusion.ddim_uniform(10)
     inversion, (target, empty) = direct(kind, latent), prompts(kind, TARGET, EMPTY)
-    x = inversion.latents[0].double() * reference.abar(timesteps[0]).sqrt()
+    x = inversion.latents[0].double() * diffusion.abar(timesteps[0]).sqrt()
     for t, p in zip(timesteps, timesteps[1:]):
-        e_u = reference.eps(model(kind), empty, x, t)
-        e = e_u + 7.5 * threshold(reference.eps(model(kind), target, x, t) - e_u, 0.5, shape)
-        x = reference.step(x, e, t, p, eta=0.0)[0]
+        e_u = diffusion.eps(model(kind), empty, x, t)
+        e = e_u + 7.5 * threshold(diffusion.eps(model(kind), target, x, t) - e_u, 0.5, shape)
+        x = diffusion.step(x, e, t, p, eta=0.0)[0]
     edited = edit(kind, inversion, model_=proximal_model(kind, 0.5, shape))
     close(edited, tiny.KINDS[kind][0].latent_format().process_out(x).float())
     assert not torch.allclose(edited, edit(kind, inversion), atol=0.01)
@@ -169,16 +171,16 @@ def test_a_picture_of_a_batch_has_its_own_noise():
 @pytest.mark.parametrize(("start", "end"), [(1.0, 0.0), (0.2, 0.9), (0.5, -1.0)])
 @pytest.mark.parametrize("kind", ["sd1", "sd2"])
 def test_eta_may_change_along_the_path(kind, start, end):
-    latent, timesteps = tiny.latent(kind), reference.ddim_uniform(10)
+    latent, timesteps = tiny.latent(kind), diffusion.ddim_uniform(10)
     pair = prompts(kind, SOURCE, EMPTY)
     inversion = EditFriendlyInversion.execute(
         model(kind), *pair, latent, 3.5, 10, "ddim_uniform", start, 0, eta_end=end)[0]
     last = start if end < 0 else end
     etas = [start + (last - start) * i / 9 for i in range(10)]
     close(inversion.etas.double(), torch.tensor(etas, dtype=torch.float64), rtol=0, atol=1e-6)
-    predict = reference.guided(model(kind), *pair, 3.5)
+    predict = diffusion.guided(model(kind), *pair, 3.5)
     for i, (t, p) in enumerate(zip(timesteps, timesteps[1:])):
-        x = inversion.latents[i].double() * reference.abar(t).sqrt()
-        mean = reference.step(x, predict(x, t), t, p, etas[i])[0] / reference.abar(p).sqrt()
+        x = inversion.latents[i].double() * diffusion.abar(t).sqrt()
+        mean = diffusion.step(x, predict(x, t), t, p, etas[i])[0] / diffusion.abar(p).sqrt()
         close(inversion.residuals[i].double(), inversion.latents[i + 1].double() - mean, rtol=0, atol=2e-4)
     close(edit(kind, inversion, 3.5, prompt=SOURCE), latent["samples"], rtol=0, atol=1e-4)

@@ -2,15 +2,16 @@
 import functools
 
 import pytest
-import reference
-import tiny
 import torch
 from comfy_extras.nodes_custom_sampler import DisableNoise, SamplerCustomAdvanced
 from comfyui_ledits.nodes.edit_friendly_inversion import EditFriendlyInversion
 from comfyui_ledits.nodes.sampling import LeditsGuiderNode, LeditsKSampler, LeditsSamplerNode
 from comfyui_ledits.nodes.unpack_pack import PackInversion, UnpackInversion
 from comfyui_ledits.samplers.methods import edit_friendly
+from comfyui_ledits.samplers.methods.families import FAMILIES
 from comfyui_ledits.samplers.methods.record import Inversion
+from oracles import diffusion
+from support import tiny
 
 pytestmark = pytest.mark.usefixtures("inference_mode")
 model = functools.cache(tiny.model)
@@ -121,24 +122,24 @@ def test_a_picture_of_a_batch_is_inverted_as_alone_with_its_own_seed(seed):
 @pytest.mark.parametrize("cfg", [1.0, 3.5])
 @pytest.mark.parametrize("kind", ["sd1", "sd2"])
 def test_path_noise_maps_and_edit_are_those_of_the_papers(kind, cfg, eta):
-    latent, timesteps = tiny.latent(kind, height=6), reference.ddim_uniform(10)
+    latent, timesteps = tiny.latent(kind, height=6), diffusion.ddim_uniform(10)
     inversion = invert(kind, latent, cfg, eta=eta, seed=7)[0]
     x_0 = latent["samples"].double() * tiny.scale(kind)
     source, empty, target = prompts(kind, SOURCE, EMPTY, TARGET)
-    x, rest = reference.invert(
-        reference.guided(model(kind), source, empty, cfg), x_0, timesteps, reference.noise(7, 10, x_0.shape), eta
+    x, rest = diffusion.invert(
+        diffusion.guided(model(kind), source, empty, cfg), x_0, timesteps, diffusion.noise(7, 10, x_0.shape), eta
     )
     maps = inversion.noise_maps()
     for i, (t, p) in enumerate(zip(timesteps, timesteps[1:])):
         close = functools.partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4, check_dtype=False)
-        close(inversion.sigmas[i], reference.sigma(t))
-        close(inversion.latents[i], x[i] / reference.abar(t).sqrt())
-        std = reference.step(x_0, x_0, t, p, eta)[1]
-        close(inversion.residuals[i], rest[i] / reference.abar(p).sqrt())
-        close(maps[i], rest[i] / std if std > 0 else rest[i] / reference.abar(p).sqrt())
+        close(inversion.sigmas[i], diffusion.sigma(t))
+        close(inversion.latents[i], x[i] / diffusion.abar(t).sqrt())
+        std = diffusion.step(x_0, x_0, t, p, eta)[1]
+        close(inversion.residuals[i], rest[i] / diffusion.abar(p).sqrt())
+        close(maps[i], rest[i] / std if std > 0 else rest[i] / diffusion.abar(p).sqrt())
 
-    predict = reference.guided(model(kind), target, empty, 5.0)
-    expected = reference.edit(predict, x[4], rest[4:], timesteps[4:], eta) / tiny.scale(kind)
+    predict = diffusion.guided(model(kind), target, empty, 5.0)
+    expected = diffusion.edit(predict, x[4], rest[4:], timesteps[4:], eta) / tiny.scale(kind)
     edited = edit(kind, inversion, 5.0, skip=4, prompt=TARGET)
     torch.testing.assert_close(edited, expected.float(), rtol=1e-3, atol=1e-3)
     assert error(edited, latent) > 0.1
@@ -149,10 +150,13 @@ def test_noise_maps_of_a_perfect_denoiser_have_the_variance_and_correlation_of_t
     one noise (arXiv 2304.06140, section 3.2)."""
     sigmas = torch.tensor([10.0, 7.0, 5.5, 3.0, 2.7, 0.5])
     picture = torch.randn(1, 4, 128, 128, generator=torch.Generator().manual_seed(0))
-    latents = edit_friendly.noisy_path(picture, sigmas, edit_friendly.draw_noise(picture.shape, 5, seed=1))
+    latents = edit_friendly.noisy_path(picture, sigmas, edit_friendly.draw_noise(picture.shape, 5, seed=1),
+                                       family=FAMILIES["ve"])
     latents[-1] += sigmas[-1] * torch.randn(picture.shape, generator=torch.Generator().manual_seed(2))
-    rest = edit_friendly.residuals(latents, sigmas, torch.ones(5), lambda y, sigma, i: picture.expand_as(y), chunk=2)
-    z = Inversion(sigmas, latents, rest, torch.ones(5), "ve", "none", "test").noise_maps().flatten(1)
+    rest = edit_friendly.residuals(latents, sigmas, torch.ones(5), lambda y, sigma, i: picture.expand_as(y), chunk=2,
+                                   family=FAMILIES["ve"])
+    z = Inversion(sigmas=sigmas, latents=latents, residuals=rest, etas=torch.ones(5), family="ve", model="none",
+                  method="test").noise_maps().flatten(1)
     r = sigmas[1:] / sigmas[:-1]
     torch.testing.assert_close(z.var(1), (1 + r**2) / (1 - r**2), rtol=0.03, atol=0)
     neighbours = torch.stack([torch.corrcoef(z[i : i + 2])[0, 1] for i in range(4)])

@@ -5,14 +5,14 @@ import warnings
 
 import comfy.samplers
 import pytest
-import reference
-import tiny
 import torch
 from comfyui_ledits.nodes.edit_friendly_inversion import EditFriendlyInversion
 from comfyui_ledits.nodes.sampling import LeditsKSampler
 from comfyui_ledits.nodes.semantic_concept import SemanticConcept
 from comfyui_ledits.samplers.guider import LeditsGuider
 from comfyui_ledits.samplers.methods.sega import Concept, Sega
+from oracles import diffusion
+from support import tiny
 
 pytestmark = pytest.mark.usefixtures("inference_mode")
 model = functools.cache(tiny.model)
@@ -26,7 +26,8 @@ def concept(**changes):
 
 def ours(c, conditioning=None):
     return Concept(
-        conditioning, c["sign"], c["s_e"], c["lambda"], c["delta"], c["cooldown"], c["s_m"], c["beta_m"], c["g"]
+        conditioning=conditioning, direction=c["sign"], scale=c["s_e"], threshold=c["lambda"], warmup=c["delta"],
+        cooldown=c["cooldown"], momentum_scale=c["s_m"], momentum_beta=c["beta_m"], weight=c["g"],
     )
 
 
@@ -72,7 +73,7 @@ ALGORITHM = {
 @pytest.mark.parametrize("concepts", ALGORITHM.values(), ids=ALGORITHM.keys())
 def test_a_whole_run_is_the_paper_step_by_step(concepts):
     unconditional, conditional = predictions(concepts)
-    oracle = reference.Sega(concepts)
+    oracle = diffusion.Sega(concepts)
     expected = torch.stack([oracle(k, u, e) for k, (u, e) in enumerate(zip(unconditional, conditional))])
     torch.testing.assert_close(run(concepts, unconditional, conditional), expected.float(), rtol=1e-5, atol=1e-5)
 
@@ -174,7 +175,7 @@ def test_a_whole_run_is_that_of_the_released_pipeline(pipeline, concepts, batch)
 
 SOURCE, EMPTY, TARGET, RED, OLD = (tiny.conditioning(seed=seed) for seed in range(1, 6))
 STEPS, SKIP = 10, 2
-RUN, TIMESTEPS = STEPS - SKIP, reference.ddim_uniform(STEPS)
+RUN, TIMESTEPS = STEPS - SKIP, diffusion.ddim_uniform(STEPS)
 
 
 @functools.cache
@@ -187,22 +188,22 @@ def inverted(kind, batch):
 @functools.cache
 def inverted_by_the_reference(kind, batch):
     x_0 = inverted(kind, batch)[0]["samples"].double() * tiny.scale(kind)
-    noise = torch.stack([reference.noise(seed, STEPS, (4, 8, 8)) for seed in range(batch)], dim=1)
-    return reference.invert(reference.guided(model(kind), SOURCE, EMPTY, 3.5), x_0, TIMESTEPS, noise)
+    noise = torch.stack([diffusion.noise(seed, STEPS, (4, 8, 8)) for seed in range(batch)], dim=1)
+    return diffusion.invert(diffusion.guided(model(kind), SOURCE, EMPTY, 3.5), x_0, TIMESTEPS, noise)
 
 
 def with_everything_evaluated(kind, batch, positive, negative, cfg, concepts):
     """The same edit by the reference, where every prediction is made at every step."""
     x, rest = inverted_by_the_reference(kind, batch)
-    sega = reference.Sega([c for c, _ in concepts])
+    sega = diffusion.Sega([c for c, _ in concepts])
 
     def predict(x, t):
         k = TIMESTEPS.index(t) - SKIP
-        e = reference.eps(model(kind), negative, x, t)
-        gamma = sega(k, e, [reference.eps(model(kind), words, x, t) for _, words in concepts]) if concepts else 0
-        return e + cfg * (reference.eps(model(kind), positive, x, t) - e) + gamma
+        e = diffusion.eps(model(kind), negative, x, t)
+        gamma = sega(k, e, [diffusion.eps(model(kind), words, x, t) for _, words in concepts]) if concepts else 0
+        return e + cfg * (diffusion.eps(model(kind), positive, x, t) - e) + gamma
 
-    return (reference.edit(predict, x[SKIP], rest[SKIP:], TIMESTEPS[SKIP:]) / tiny.scale(kind)).float()
+    return (diffusion.edit(predict, x[SKIP], rest[SKIP:], TIMESTEPS[SKIP:]) / tiny.scale(kind)).float()
 
 
 PLAIN = {"s_m": 0.0, "delta": 3}
@@ -252,7 +253,12 @@ def test_concepts_guide_at_a_low_cfg(cfg):
 def test_the_concept_node_makes_what_its_widgets_say():
     first = SemanticConcept.execute("", "away", 7.0, 0.95, 2, 0, 0.3, 0.6, 1.0, conditioning=RED)[0]
     both = SemanticConcept.execute("", "towards", 5.0, 0.5, 1, 8, 0.0, 0.0, 2.0, conditioning=OLD, concepts=first)[0]
-    assert both == (Concept(RED, -1, 7.0, 0.95, 2, None, 0.3, 0.6, 1.0), Concept(OLD, 1, 5.0, 0.5, 1, 8, 0.0, 0.0, 2.0))
+    assert both == (
+        Concept(conditioning=RED, direction=-1, scale=7.0, threshold=0.95, warmup=2, cooldown=None, momentum_scale=0.3,
+                momentum_beta=0.6, weight=1.0),
+        Concept(conditioning=OLD, direction=1, scale=5.0, threshold=0.5, warmup=1, cooldown=8, momentum_scale=0.0,
+                momentum_beta=0.0, weight=2.0),
+    )
 
 
 # --- with stock samplers --------------------------------------------------------------------------------------------
@@ -277,16 +283,16 @@ def test_warmup_counts_the_steps_of_the_schedule_whatever_the_sampler_evaluates(
 def test_heun_with_momentum_is_heun_on_the_reference():
     """y' = y + (s' - s) * (d(y, s) + d(y + (s' - s) * d(y, s), s')) / 2, where both evaluations know the step they are in."""
     timesteps = [901, 701, 501, 301, 101]
-    sigmas = torch.stack([reference.sigma(t) for t in [*timesteps, -1]])
+    sigmas = torch.stack([diffusion.sigma(t) for t in [*timesteps, -1]])
     settings, noise = concept(delta=1), torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    sega, nu_before = reference.Sega([settings]), {}
+    sega, nu_before = diffusion.Sega([settings]), {}
 
     def slope(y, k):
         t = timesteps[k]
         sega.nu = list(nu_before.setdefault(k, sega.nu))
-        x = y * reference.abar(t).sqrt()
-        e = reference.eps(model("sd1"), EMPTY, x, t)
-        return e + sega(k, e, [reference.eps(model("sd1"), RED, x, t)])
+        x = y * diffusion.abar(t).sqrt()
+        e = diffusion.eps(model("sd1"), EMPTY, x, t)
+        return e + sega(k, e, [diffusion.eps(model("sd1"), RED, x, t)])
 
     y = noise.double() * sigmas[0]
     for k in range(5):

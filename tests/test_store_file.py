@@ -4,11 +4,8 @@ import hashlib
 import pickle
 import struct
 
-import joint
-import mutations
 import pytest
 import safetensors.torch
-import tiny
 import torch
 from comfyui_ledits.attention_hooks.controls.masactrl import MasaCtrl
 from comfyui_ledits.attention_hooks.controls.p2p import PromptToPrompt
@@ -17,7 +14,8 @@ from comfyui_ledits.files import store_file
 from comfyui_ledits.samplers.capture_sampler import CaptureSampler
 from comfyui_ledits.samplers.guider import LeditsGuider
 from safetensors import safe_open
-from stores import by_hand, same
+from support import editing, mutations, tiny
+from support.stores import by_hand, same
 
 SOURCE, TARGET = "a cat sits on a sofa", "a dog sits on a sofa"
 NAME = "x" + store_file.KIND.suffix
@@ -26,9 +24,9 @@ NAME = "x" + store_file.KIND.suffix
 def controls(words):
     """One after another and together they read every kind of tensor, of both branches, with a gap in the steps."""
     return {
-        "p2plus": [PromptToPrompt(words, words=(("dog", (0.6, 1.0)),), cross=(0, 0.3), uncond_self=(0, 0.5))],
-        "masactrl": [MasaCtrl(words, window=(0.1, 1), blocks="output.1-")],
-        "pnp": [PlugAndPlay(words, feature_blocks="output.1.0", attention_blocks="output.1-")],
+        "p2plus": [PromptToPrompt(prompts=words, words=(("dog", (0.6, 1.0)),), cross=(0, 0.3), uncond_self=(0, 0.5))],
+        "masactrl": [MasaCtrl(prompts=words, window=(0.1, 1), blocks="output.1-")],
+        "pnp": [PlugAndPlay(prompts=words, feature_blocks="output.1.0", attention_blocks="output.1-")],
     }
 
 
@@ -44,7 +42,7 @@ def capture(model, path, negative, attention, **kwargs):
 
 def scene(kind="sd1"):
     model = tiny.model(kind)
-    return model, joint.path(model, 6, 2), joint.prompts(kind, SOURCE, TARGET), joint.negative(kind)
+    return model, editing.path(model, 6, 2), editing.prompts(kind, SOURCE, TARGET), editing.negative(kind)
 
 
 # --- the detour changes nothing -------------------------------------------------------------------------------------
@@ -56,19 +54,19 @@ def test_an_edit_from_a_file_is_the_same_bit_for_bit(tmp_path, kind, name):
     attention = controls(words)[name]
     edit = (model, path, words.target, empty, 7.5, attention)
     store = capture(model, path, empty, attention, dtype=torch.float32)
-    kept, _ = joint.run(*edit, start=1, store=store)
+    kept, _ = editing.run(*edit, start=1, store=store)
     store_file.save(tmp_path / NAME, store)
-    loaded, guider = joint.run(*edit, start=1, store=store_file.load(tmp_path / NAME))
-    live, _ = joint.run(*edit, start=1)
+    loaded, guider = editing.run(*edit, start=1, store=store_file.load(tmp_path / NAME))
+    live, _ = editing.run(*edit, start=1)
     assert torch.equal(loaded, kept) and torch.equal(kept, live)
     assert guider.rows == 2 * 2 * 5  # no source pass
-    plain, _ = joint.run(*edit[:5], start=1)
+    plain, _ = editing.run(*edit[:5], start=1)
     assert (plain - loaded).abs().max() > 1e-2
     for half in (store_file.load(tmp_path / NAME), capture(model, path, empty, attention)):
         store_file.save(tmp_path / NAME, half, half=True)
         back = store_file.load(tmp_path / NAME)
         assert back.nbytes * 2 == store.nbytes
-        rounded, _ = joint.run(*edit, start=1, store=back)
+        rounded, _ = editing.run(*edit, start=1, store=back)
         assert 20 * torch.log10((live.max() - live.min()) / (rounded - live).square().mean().sqrt()) > 45
 
 
@@ -113,15 +111,15 @@ def test_a_store_that_was_saved_still_serves_its_own_picture_only(tmp_path):
 
     def refused(match, path=path, words=words, empty=empty, attention=attention):
         with tiny.Calls(model) as calls, pytest.raises(ValueError, match=match):
-            joint.run(model, path, words.target, empty, 7.5, attention, start=1, store=store)
+            editing.run(model, path, words.target, empty, 7.5, attention, start=1, store=store)
         assert not calls.calls
 
-    refused("another picture", joint.path(model, 6, 2, seed=8))
+    refused("another picture", editing.path(model, 6, 2, seed=8))
     refused("another picture", dataclasses.replace(path, latents=path.latents.half().float()))
-    otherwise = joint.prompts("sd1", "a horse sits on a sofa", TARGET)
-    refused("another source prompt", words=otherwise, attention=[PromptToPrompt(otherwise)])
-    refused("another negative prompt", empty=joint.negative("sd1", "blurry"))
-    refused("step 2 of 5", attention=[PromptToPrompt(words)])
+    otherwise = editing.prompts("sd1", "a horse sits on a sofa", TARGET)
+    refused("another source prompt", words=otherwise, attention=[PromptToPrompt(prompts=otherwise)])
+    refused("another negative prompt", empty=editing.negative("sd1", "blurry"))
+    refused("step 2 of 5", attention=[PromptToPrompt(prompts=words)])
     store.origin = dataclasses.replace(store.origin, model="SDXL")
     refused("another model")
 

@@ -8,12 +8,11 @@ import comfy.model_management
 import pytest
 import safetensors.torch
 import torch
-from comfyui_ledits.files import inversion_file, store_file
-from comfyui_ledits.nodes import inversion_files
+from comfyui_ledits.files import inversion_file, places, store_file
 from comfyui_ledits.nodes.store_files import LoadAttentionStore, SaveAttentionStore
 from comfyui_ledits.tools.api.client import ComfyClient
-from records import record, saved
-from stores import by_hand, same
+from support.records import record, saved
+from support.stores import by_hand, same
 
 NAME = "x" + store_file.KIND.suffix
 
@@ -46,7 +45,7 @@ def test_the_pickers_tell_stores_and_inversions_apart(folders, raw):
     os.utime(into / "mine.safetensors", (1, 1))
     one = f"deep/er/one_00001_{store_file.KIND.suffix} [output]"
     assert LoadAttentionStore.INPUT_TYPES()["required"]["file"][1]["options"] == [one, "mine.safetensors"]
-    assert inversion_files.found(inversion_file.KIND) == ["path.safetensors"]
+    assert places.found(inversion_file.KIND) == ["path.safetensors"]
     before = LoadAttentionStore.fingerprint_inputs("mine.safetensors")
     os.utime(into / "mine.safetensors", (2, 2))
     assert LoadAttentionStore.fingerprint_inputs("mine.safetensors") != before

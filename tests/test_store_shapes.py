@@ -2,14 +2,13 @@
 
 import itertools
 
-import joint
 import pytest
-import tiny
 import torch
 from comfyui_ledits.attention_hooks.controls.p2p import PromptToPrompt
 from comfyui_ledits.attention_hooks.controls.pnp import PlugAndPlay
 from comfyui_ledits.attention_hooks.store import AttentionStore
 from comfyui_ledits.files import store_file
+from support import editing, tiny
 from test_attention_store import capture
 
 SOURCE, TARGET = "a cat sits on a sofa", "a dog sits on a sofa"
@@ -19,12 +18,12 @@ BLOCK = "output.1.0"
 @pytest.fixture(scope="module")
 def scene():
     """Runs an edit that reads every kind of tensor, from the store that it is given; its model; a store that fits."""
-    model, words, empty = tiny.model(), joint.prompts("sd1", SOURCE, TARGET), joint.negative("sd1")
-    path = joint.path(model, 3, 2)
-    attention = [PromptToPrompt(words, cross=(0, 1), self_=(0, 0)),
-                 PlugAndPlay(words, features=(0, 1), attention=(0, 1), feature_blocks=BLOCK, attention_blocks="output.1-")]
+    model, words, empty = tiny.model(), editing.prompts("sd1", SOURCE, TARGET), editing.negative("sd1")
+    path = editing.path(model, 3, 2)
+    attention = [PromptToPrompt(prompts=words, cross=(0, 1), self_=(0, 0)),
+                 PlugAndPlay(prompts=words, features=(0, 1), attention=(0, 1), feature_blocks=BLOCK, attention_blocks="output.1-")]
     store, _ = capture(model, path, empty, attention, dtype=torch.float32)
-    return lambda store: joint.run(model, path, words.target, empty, 7.5, attention, store=store)[0], model, store
+    return lambda store: editing.run(model, path, words.target, empty, 7.5, attention, store=store)[0], model, store
 
 
 def with_another(store, slot, change):

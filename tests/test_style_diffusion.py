@@ -5,16 +5,15 @@ import json
 import comfy.clip_vision
 import comfy.model_patcher
 import comfy.samplers
-import learning
 import pytest
-import reference
-import tiny
 import torch
 from comfyui_ledits.nodes.learned_inversions import ON_INTERRUPT, StyleDiffusionInversion
 from comfyui_ledits.nodes.sampling import LeditsKSampler
 from comfyui_ledits.samplers import attention_taps
 from comfyui_ledits.samplers.guider import LeditsGuider
 from comfyui_ledits.samplers.methods import style_diffusion
+from oracles import diffusion, learning
+from support import tiny
 
 pytestmark = pytest.mark.usefixtures("inference_mode")
 SOURCE, EMPTY, CFG = 1, 2, 7.5
@@ -70,7 +69,7 @@ def test_it_learns_what_the_papers_loop_learns(kind, batch, attention):
         plain = torch.stack([torch.ones_like(words[0]), torch.zeros_like(words[0])])
         for b in range(batch):
             expected, losses = learning.style_diffusion(
-                network, pictures[b : b + 1], reference.ddim_uniform(3), words, null, CFG, [3, 3, 3], layers, vectors
+                network, pictures[b : b + 1], diffusion.ddim_uniform(3), words, null, CFG, [3, 3, 3], layers, vectors
             )
             change = (expected - plain).abs().mean()
             assert change > 0.005
@@ -114,7 +113,7 @@ def by_hand(kind, y, sigma, t, value):
     network = learning.Network(kind)
     (words, null), (y_words, y_null) = ((c[0][0].double() for c in prompts(kind)), (network.vector(c, y) for c in prompts(kind)))
     y = y.double()
-    x = y * reference.abar(t).sqrt()
+    x = y * diffusion.abar(t).sqrt()
     e_c = network.as_eps(network.eps(x, t, words, y_words, value), x, t)
     e_u = network.as_eps(network.eps(x, t, null, y_null), x, t)
     return y - sigma * (e_u + CFG * (e_c - e_u))
@@ -136,10 +135,10 @@ def test_only_to_v_of_the_positive_sees_the_learned_words(kind):
             seen["y"], seen["sigma"] = latent_image, sigmas[0]
             return latent_image
 
-    t = reference.ddim_uniform(3)[1]
+    t = diffusion.ddim_uniform(3)[1]
     latent = tiny.latent(kind)["samples"]
     guider = LeditsGuider(model(kind), *prompts(kind), CFG)
-    guider.sample(torch.zeros_like(latent), latent, Probe(), torch.tensor([reference.sigma(t), 0.0]), disable_pbar=True)
+    guider.sample(torch.zeros_like(latent), latent, Probe(), torch.tensor([diffusion.sigma(t), 0.0]), disable_pbar=True)
     words = prompts(kind)[0][0][0].double()
     with torch.inference_mode(False):
         y, sigma = seen["y"].clone(), float(seen["sigma"])

@@ -2,18 +2,18 @@
 import comfy.model_management
 import comfy.utils
 import pytest
-import tiny
 import torch
 from comfyui_ledits.nodes.edit_friendly_inversion import EditFriendlyInversion
 from comfyui_ledits.nodes.sampling import LeditsGuiderNode, LeditsKSampler, LeditsSamplerNode
 from comfyui_ledits.samplers.methods.sega import Concept
+from support import tiny
 
 import nodes
 
 pytestmark = pytest.mark.usefixtures("inference_mode")
 SOURCE, EMPTY, TARGET, RED = (tiny.conditioning(seed=seed) for seed in range(1, 5))
 LATENT = tiny.latent(batch=2)
-CONCEPTS = (Concept(RED, warmup=1), Concept(SOURCE, direction=-1, warmup=3, momentum_scale=0.0))
+CONCEPTS = (Concept(conditioning=RED, warmup=1), Concept(conditioning=SOURCE, direction=-1, warmup=3, momentum_scale=0.0))
 INTERRUPTED = comfy.model_management.InterruptProcessingException
 
 

@@ -81,7 +81,7 @@ def picture_of(data):
 
 
 class Result:
-    """What one run of a workflow gave."""
+    """The result of one run of a workflow."""
 
     def __init__(self, client, prompt, entry):
         self.client, self.prompt, self.outputs = client, prompt, entry["outputs"]
@@ -194,7 +194,7 @@ def main(arguments):
         mean = {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
         say(line("", edit, mean, share=True))
     say(f"{'':32}{RECONSTRUCTION:22}{'':14}{np.mean(rebuilt):11.1f} dB (whole picture)")
-    path = options.output / "contact contact_sheet.png"
+    path = options.output / "contact sheet.png"
     contact_sheet.draw(["source", RECONSTRUCTION, *(edit for edit, *_ in EDITS)], lines).save(path)
     say(f"\nThe pictures and the contact sheet are in {options.output}: open {path.name}.")
     return 0

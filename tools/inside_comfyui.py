@@ -36,7 +36,9 @@ def prepare(folder=None, cpu=None):
     args.cpu = not _has_gpu() if cpu is None else cpu
     args.base_directory = USER_DATA.name
     import folder_paths
-    import utils.extra_config  # noqa: F401  # as main.py does: older nodes.py puts comfy/ in front, which has a utils.py
+
+    # As main.py does: older nodes.py puts comfy/ in front, which has a utils.py.
+    import utils.extra_config  # noqa: F401
 
     assert Path(folder_paths.get_output_directory()).is_relative_to(USER_DATA.name)
 

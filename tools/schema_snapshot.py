@@ -62,7 +62,9 @@ def without_words(value):
 
 def current():
     """The snapshot as it would be written now."""
-    nodes = {name: {"inputs": described(info["input"]), "outputs": info["output"]} for name, info in node_infos().items()}
+    nodes = {
+        name: {"inputs": described(info["input"]), "outputs": info["output"]} for name, info in node_infos().items()
+    }
     return json.loads(json.dumps(nodes))
 
 
@@ -100,7 +102,8 @@ def compare_inputs(node, old, new, breaks, additions):
             breaks.append(f"{name} is gone or renamed")
             continue
         if place != before["id"]:
-            breaks.append(f"{name} has lost its place, number {index + 1}, to {place}; new inputs go to the end, optional")
+            breaks.append(
+                f"{name} has lost its place, number {index + 1}, to {place}; new inputs go to the end, optional")
         after = now[before["id"]]
         for key in ("type", "default", "template"):
             if before.get(key) != after.get(key) and not (key == "default" and listed_at_run_time(before)):

@@ -51,7 +51,8 @@ def read(language):
 
 def missing(texts, phrases):
     """English phrases without a translation, in the order of the schemas."""
-    return list(dict.fromkeys(text for place, text in texts.items() if not (phrases.get(".".join(place)) or phrases.get(text))))
+    missing = (t for place, t in texts.items() if not (phrases.get(".".join(place)) or phrases.get(t)))
+    return list(dict.fromkeys(missing))
 
 
 def stale(texts, phrases):
@@ -90,7 +91,7 @@ def refresh(language, texts):
     for phrase in gaps:
         print(f"{language}: to translate: {phrase}")
     in_order = {text: phrases.get(text, "") for text in texts.values() if text in phrases or text in gaps}
-    places = {phrase: translated for phrase, translated in phrases.items() if phrase not in in_order and phrase not in old}
+    places = {phrase: words for phrase, words in phrases.items() if phrase not in in_order and phrase not in old}
     write(language, "phrases.json", in_order | places | {phrase: phrases[phrase] for phrase in old})
     write(language, "nodeDefs.json", node_defs(texts, phrases))
     return len(gaps), len(old)
@@ -101,4 +102,5 @@ def main(arguments):
     texts = english(schema_snapshot.node_infos())
     for language in arguments or languages():
         gaps, old = refresh(language, texts)
-        print(f"{language}: {len(set(texts.values())) - gaps} phrases translated, {gaps} to translate, {old} no longer used")
+        done = len(set(texts.values())) - gaps
+        print(f"{language}: {done} phrases translated, {gaps} to translate, {old} no longer used")

@@ -1,1 +1,1 @@
-"""What is known of a kind of network: its blocks, where tokens lie, how to reach them."""
+"""Kinds of networks: their blocks, where tokens lie, how to reach them."""

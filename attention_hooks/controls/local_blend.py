@@ -7,8 +7,10 @@ import torch.nn.functional as F
 
 from ..text.align import columns
 
+NAME = "local blend"  # of its masks
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class LocalBlend:
     """Settings of the mask.
 

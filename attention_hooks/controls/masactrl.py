@@ -9,8 +9,10 @@ import torch.nn.functional as F
 from ..edits import COND, NEGATIVE, Bound, Control, SelfEdit, in_window
 from ..text.align import columns
 
+NAME = "MasaCtrl"  # of its masks
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class MasaCtrl(Control):
     """The target's queries look up the source's keys and values: the object keeps its look, its pose follows the prompt.
 
@@ -54,10 +56,10 @@ class MasaCtrl(Control):
                     tokens.find(word)
 
     def bind(self, setting):
-        return _Bound(self, setting)
+        return MasaCtrlRun(self, setting)
 
 
-class _Bound(Bound):
+class MasaCtrlRun(Bound):
     def __init__(self, control, setting):
         self.control, self.steps, self.batch, self.device = control, setting.steps, setting.batch, setting.device
         self.layers = setting.layers(control.blocks)
@@ -89,11 +91,11 @@ class _Bound(Bound):
             self._step, self._maps = step, {}
         self._maps[layer.key] = layer.order, grid, torch.stack([source, target])[..., 0].float()
 
-    def seen(self):
-        return {"masactrl": self._masks} if self._masks else {}
+    def observed_masks(self):
+        return {NAME: self._masks} if self._masks else {}
 
     def _kept(self, step, masks):
-        """The masks, of which the last on the step's finest grid are kept to be looked at."""
+        """Wraps `masks` and keeps the last result on the finest grid, for Preview Attention."""
 
         def kept(grid):
             pair = masks(grid)

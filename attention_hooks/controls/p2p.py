@@ -4,10 +4,11 @@ from dataclasses import dataclass
 
 from ..edits import COND, NEGATIVE, SOURCE, Bound, Control, CrossEdit, SelfEdit, in_window
 from ..text.align import equalizer, word_schedule
+from . import local_blend
 from .local_blend import LocalBlend
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PromptToPrompt(Control):
     """The target's attention follows the source's: cross-attention by aligned words, self-attention by place.
 
@@ -40,10 +41,10 @@ class PromptToPrompt(Control):
             self.blend.check(self.prompts)
 
     def bind(self, setting):
-        return _Bound(self, setting)
+        return PromptToPromptRun(self, setting)
 
 
-class _Bound(Bound):
+class PromptToPromptRun(Bound):
     def __init__(self, control, setting):
         self.control, self.steps, self.device = control, setting.steps, setting.device
         self.self_layers = setting.layers(control.self_blocks)
@@ -54,6 +55,13 @@ class _Bound(Bound):
         self.matrix, self.own = alignment.matrix, alignment.own
         self.blend = None if control.blend is None else control.blend.bind(control.prompts, setting)
         self._edits = {}
+
+    def check_chain(self, before):
+        if any(isinstance(other, PromptToPromptRun) for other in before):
+            raise ValueError(
+                "Two Prompt-to-Prompt (or P2Plus) controls are chained; both would edit the same cross-attention. Keep one: "
+                "it takes any number of words."
+            )
 
     def self_edit(self, step, layer, branch):
         window = self.control.self_ if branch == COND else self.control.uncond_self
@@ -91,18 +99,7 @@ class _Bound(Bound):
     def after_step(self, step, y, source):
         return y if self.blend is None else self.blend.after_step(step, y, source)
 
-    def seen(self):
-        return {"blend": self.blend.masks} if self.blend is not None and self.blend.masks else {}
-
-
-def require_cross(controls):
-    """Refuse a chain in which two controls edit cross-attention.
-
-    Raises:
-        ValueError: it does.
-    """
-    if sum(isinstance(c, PromptToPrompt) for c in controls) > 1:
-        raise ValueError(
-            "Two Prompt-to-Prompt (or P2Plus) controls are chained; both would edit the same cross-attention. Keep one: "
-            "it takes any number of words."
-        )
+    def observed_masks(self):
+        if self.blend is None or not self.blend.masks:
+            return {}
+        return {local_blend.NAME: {step: (None, mask) for step, mask in self.blend.masks.items()}}

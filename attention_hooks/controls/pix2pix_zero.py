@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 import torch
 
-from .. import attend, patches
-from ..edits import Bound, Control, Guidance, in_window
+from .. import attend
+from ..edits import Bound, Comparison, Control, in_window
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Pix2PixZero(Control):
     """Before a step the target latent moves so that the target's cross-attention maps come nearer to the source's.
 
@@ -27,22 +27,45 @@ class Pix2PixZero(Control):
     blocks: str = "all"
 
     def bind(self, setting):
-        return _Bound(self, setting)
+        return Pix2PixZeroRun(self, setting)
 
 
-class _Bound(Bound):
+class Pix2PixZeroRun(Bound):
     def __init__(self, control, setting):
-        self.control, self.steps = control, setting.steps
+        self.control, self.steps, self.batch = control, setting.steps, setting.batch
         layers = setting.layers(control.blocks)
-        self._guidance = Guidance(control.source_branch, layers, control.xa_guidance)
-        self._acts = bool(layers) and control.xa_guidance != 0
+        self._comparison = Comparison(control.source_branch, layers) if layers and control.xa_guidance != 0 else None
 
-    def guidance(self, step):
-        return self._guidance if self._acts and in_window(step, self.steps, self.control.window) else None
+    @property
+    def acts(self):
+        """Whether it moves the latent at any step."""
+        return any(self.comparison(step) is not None for step in range(self.steps))
+
+    def check_chain(self, before):
+        if self.acts and any(isinstance(other, Pix2PixZeroRun) and other.acts for other in before):
+            raise ValueError("Two pix2pix-zero controls are chained; both would guide the same latent. Keep one.")
+
+    def check_lengths(self, source, positive):
+        if source not in positive:
+            has = " and ".join(map(str, sorted(positive))) or "none over the whole picture"
+            raise ValueError(
+                f"pix2pix-zero compares target and source token by token. The source prompt has {source} tokens, the "
+                f"positive of the sampler {has}: make it from the source prompt with Edit Direction."
+            )
+
+    def comparison(self, step):
+        return self._comparison if in_window(step, self.steps, self.control.window) else None
+
+    def before_step(self, step, y, size, gradient):
+        comparison = self.comparison(step)
+        if comparison is None:
+            return y
+        slope = gradient(comparison, MapDistance(self.batch))
+        return y - self.control.xa_guidance * size * slope
 
 
 class MapDistance:
-    """The loss, made of what patches of cross-attention see while the network runs.
+    """The loss, made of the maps of each layer while the network runs.
 
         L = 1/2 * sum over layers of the mean over heads of the sum over places and tokens of (P_target - P_source)^2
 
@@ -52,12 +75,10 @@ class MapDistance:
 
     Args:
         batch: pictures.
-        entries: conditionings of the positive, which count equally.
-        source: `(layer, like) -> (q, k)` of the source, [B, tokens, width].
     """
 
-    def __init__(self, batch, entries, source):
-        self._batch, self._entries, self._source, self._parts = batch, entries, source, None
+    def __init__(self, batch):
+        self._batch, self._parts = batch, None
 
     def begin(self):
         self._parts = []
@@ -66,14 +87,18 @@ class MapDistance:
         total, self._parts = sum(self._parts), None
         return total
 
-    def __call__(self, layer, q, k, v, extra, previous):
-        """The `work` of a `patches.AttentionPatch`: looks, and lets attention be what it is."""
-        patches.check_tokens(q, self._batch * len(extra["cond_or_uncond"]), extra)
-        heads = extra["n_heads"]
+    def add(self, q, k, source_q, source_k, heads, entries):
+        """The part of one layer.
+
+        Args:
+            q, k: the target's, [entries * B, tokens, width].
+            source_q, source_k: [B, tokens, width].
+            heads: of the layer.
+            entries: conditionings of the positive, which count equally.
+        """
         with torch.no_grad():
-            source = attend.maps(*self._source(layer, q), heads)
+            source = attend.maps(source_q, source_k, heads)
         target = attend.maps(q.clone(), k.clone(), heads)  # other controls' patches write into q and k
-        part = (target.unflatten(0, (-1, self._batch)) - source).square().sum() / (2 * heads * self._entries)
+        part = (target.unflatten(0, (-1, self._batch)) - source).square().sum() / (2 * heads * entries)
         if self._parts is not None:  # not when a block runs again in the backward pass
             self._parts.append(part)
-        return (previous or patches.attention)(q, k, v, extra)

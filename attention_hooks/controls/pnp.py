@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from ..edits import Bound, Control, SelfEdit, in_window
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PlugAndPlay(Control):
     """The source's decoder features and self-attention maps keep the layout, in both branches of the target.
 
@@ -21,10 +21,10 @@ class PlugAndPlay(Control):
     attention_blocks: str = "pnp"
 
     def bind(self, setting):
-        return _Bound(self, setting)
+        return PlugAndPlayRun(self, setting)
 
 
-class _Bound(Bound):
+class PlugAndPlayRun(Bound):
     def __init__(self, control, setting):
         self.control, self.steps = control, setting.steps
         self.blocks = setting.resblocks(control.feature_blocks)

@@ -8,7 +8,7 @@ from ..edits import Bound, Control
 from .local_blend import average
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Record(Control):
     """Settings of a recording.
 
@@ -19,10 +19,10 @@ class Record(Control):
     blocks: str = "words"
 
     def bind(self, setting):
-        return _Bound(self, setting)
+        return RecordRun(self, setting)
 
 
-class _Bound(Bound):
+class RecordRun(Bound):
     def __init__(self, control, setting):
         self.layers = setting.layers(control.blocks)
         self.tokens = control.prompts.source_tokens, control.prompts.target_tokens
@@ -45,8 +45,8 @@ class _Bound(Bound):
         self._step = {}
         return y
 
-    def seen(self):
-        return {"tokens": self.tokens, "maps": self._maps} if self._maps else {}
+    def observed_words(self):
+        return (self.tokens, self._maps) if self._maps else None
 
 
 def _columns(tokens):

@@ -49,8 +49,8 @@ def align(source, target, mapping="auto"):
 def _replace(source, target):
     """Word by word: the n-th word's tokens share the attention of the n-th source word's.
 
-    The released code's mapper shifts everything behind a word whose number of tokens changes; here start, end and padding
-    follow their like: the k-th padding the k-th, and those left over the same position.
+    Start and end tokens map to each other, the k-th padding token to the k-th, surplus target tokens to the same
+    position. (The released code's mapper shifts everything behind a word whose number of tokens changes.)
     """
     matrix = torch.zeros(len(source), len(target))
     for a, b in zip(source.words, target.words):
@@ -73,7 +73,7 @@ def _replace(source, target):
 
 
 def _refine(source, target):
-    """What both prompts have in common keeps the source's attention, new tokens their own.
+    """Tokens that both prompts have keep the source's attention, new tokens their own.
 
     Global alignment (Needleman and Wunsch) of the tokens, gap 0, match 1, mismatch -1, ties as in the released code;
     padding follows the padding at the same position.

@@ -8,7 +8,7 @@ from .align import Alignment, align
 from .tokens import Tokens
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EditPrompts:
     """Two prompts, encoded and aligned.
 
@@ -42,4 +42,4 @@ def edit_prompts(clip, source, target, mapping="auto"):
                 "its words cannot be told apart."
             )
         encoded.append(conditioning)
-    return EditPrompts(encoded[0], encoded[1], before, after, alignment)
+    return EditPrompts(source=encoded[0], target=encoded[1], source_tokens=before, target_tokens=after, alignment=alignment)

@@ -14,7 +14,7 @@ class Word(NamedTuple):
     positions: tuple[int, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Tokens:
     """The tokens of a prompt, in the order in which cross-attention sees them.
 
@@ -128,7 +128,7 @@ def read(clip, text):
                 words.append(Word(f"embedding:{name}", tuple(members)))
         starts.append(len(ids))
     _close(spelled, words)
-    return Tokens(text, tuple(ids), tuple(kinds), tuple(starts), tuple(words))
+    return Tokens(text=text, ids=tuple(ids), kinds=tuple(kinds), chunks=tuple(starts), words=tuple(words))
 
 
 def _kind(chunk, i):

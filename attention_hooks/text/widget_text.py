@@ -1,4 +1,4 @@
-"""What people write into the text widgets: phrases, and phrases with numbers."""
+"""Parsers of text widgets: phrases, and phrases with numbers."""
 
 import re
 

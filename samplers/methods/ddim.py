@@ -8,18 +8,19 @@ from dataclasses import dataclass
 
 import torch
 
-from .families import ve_step
+from .families import Family
+from .shapes import append_dims
 
 CONVENTIONS = ("A", "B")
 
 
 @dataclass(frozen=True)
 class Scaling:
-    """What a model makes of a latent at one noise level: `D = skip * y + out * F(enter * y)`, F being the network."""
+    """Preconditioning at one noise level (arXiv 2206.00364, eq. 7): `D = c_skip * y + c_out * F(c_in * y)`, F the network."""
 
-    enter: float
-    skip: float
-    out: float
+    c_in: float
+    c_skip: float
+    c_out: float
 
 
 def eps_scaling(sigma):
@@ -41,14 +42,14 @@ def eps_below(y, sigma, at, denoise, scaling, i):
         i: the step, handed on.
     """
     level = max(sigma, 1e-6)  # the limit at 0
-    own, other = scaling(level), scaling(at)
-    fed = y * (own.enter / other.enter)
-    output = (denoise(fed, y.new_full((len(y),), at), i) - other.skip * fed) / other.out
-    return (1 - own.skip) / level * y - own.out / level * output
+    here, other = scaling(level), scaling(at)
+    fed = y * (here.c_in / other.c_in)
+    output = (denoise(fed, y.new_full((len(y),), at), i) - other.c_skip * fed) / other.c_out
+    return (1 - here.c_skip) / level * y - here.c_out / level * output
 
 
-def invert(y0, sigmas, denoise, scaling=eps_scaling, convention="A", refinements=0, tolerance=0.0, lowest=0.0292,
-           regularise=None):
+def invert(y0: torch.Tensor, sigmas: torch.Tensor, denoise, *, family: Family, scaling, convention="A", refinements=0,
+           tolerance=0.0, lowest=0.0, regularise=None):
     """The path that DDIM sampling would take to a picture.
 
     From level s to the next higher t it takes eps of the latent at s with the network's timestep
@@ -61,6 +62,7 @@ def invert(y0, sigmas, denoise, scaling=eps_scaling, convention="A", refinements
         y0: the encoded picture, at the last of `sigmas`, [B, C, H, W].
         sigmas: descending, [N + 1].
         denoise: `(y [B, C, H, W], sigma [B], i) -> D`, i being the step between sigmas[i] and sigmas[i + 1].
+        family: of the model.
         scaling: `sigma -> Scaling` of the model.
         refinements: iterations at each step at most, an evaluation each.
         tolerance: a picture whose latent an iteration changes by less (root mean square, in units of a latent of unit
@@ -81,10 +83,10 @@ def invert(y0, sigmas, denoise, scaling=eps_scaling, convention="A", refinements
         guess = y + (high - low) * regularise(eps_below(y, low, at, denoise, scaling, i), i)
         moving = torch.ones(len(y), dtype=torch.bool, device=y.device)
         for _ in range(refinements):
-            eps = (guess - denoise(guess, y.new_full((len(y),), high), i)) / high
+            eps = family.noise(guess, denoise(guess, y.new_full((len(y),), high), i), high)
             better = y + (high - low) * regularise(eps, i)
             change = (better - guess).flatten(1).pow(2).mean(1).sqrt() / (high**2 + 1) ** 0.5
-            guess = torch.where(moving.view(-1, *[1] * (y.ndim - 1)), better, guess)
+            guess = torch.where(append_dims(moving, y.ndim), better, guess)
             moving = moving & (change >= tolerance)
             if tolerance > 0 and not moving.any():
                 break
@@ -92,7 +94,7 @@ def invert(y0, sigmas, denoise, scaling=eps_scaling, convention="A", refinements
     return torch.stack(path[::-1])
 
 
-def simulate(path, sigmas, denoise, scale=0.0, every=1, step=ve_step):
+def simulate(path: torch.Tensor, sigmas: torch.Tensor, denoise, scale=0.0, every=1, *, family: Family):
     """A source branch that is sampled from the path's noisiest latent and, now and then, drawn back to the path.
 
     After every step i with `i % every == 0` the branch moves by `scale` of what it lacks of the path. 0 is plain DDIM
@@ -110,17 +112,17 @@ def simulate(path, sigmas, denoise, scale=0.0, every=1, step=ve_step):
     levels = [float(s) for s in sigmas]
     branch = [path[0]]
     for i in range(len(levels) - 1):
-        y, c = branch[-1], step(levels[i], levels[i + 1], 0.0)
+        y, c = branch[-1], family.step(levels[i], levels[i + 1], 0.0)
         y = c.keep * y + c.take * denoise(y, y.new_full((len(y),), levels[i]), i)
         branch.append(y + scale * (path[i + 1] - y) if scale and i % every == 0 else y)
     return torch.stack(branch)
 
 
-def one_noise_path(y0, sigmas, noise):
-    """The path of SDEdit (arXiv 2108.01073): `y0 + sigma * n` with the same n at every level.
+def one_noise_path(y0: torch.Tensor, sigmas: torch.Tensor, noise: torch.Tensor, *, family: Family):
+    """The path of SDEdit (arXiv 2108.01073): the picture with the same noise at every level.
 
     Args:
         y0, noise: [B, C, H, W].
         sigmas: [N + 1].
     """
-    return y0 + sigmas.to(y0).view(-1, *[1] * y0.ndim) * noise
+    return family.noisy(y0, append_dims(sigmas.to(y0), y0.ndim + 1), noise)

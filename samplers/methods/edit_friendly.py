@@ -2,7 +2,8 @@
 
 import torch
 
-from .families import ve_step
+from .families import Family
+from .shapes import append_dims
 
 
 def draw_noise(shape, levels, seed):
@@ -19,8 +20,8 @@ def draw_noise(shape, levels, seed):
     return torch.stack(pictures, dim=1).flip(0)
 
 
-def noisy_path(y0, sigmas, noise):
-    """Latents `y_i = y0 + sigma_i * n_i` with independent n_i (arXiv 2304.06140, eq. 6); the last is y0 itself.
+def noisy_path(y0: torch.Tensor, sigmas: torch.Tensor, noise: torch.Tensor, *, family: Family):
+    """Latents y_i of y0 and independent noises n_i (arXiv 2304.06140, eq. 6); the last is y0 itself.
 
     Args:
         y0: the encoded picture, [B, C, H, W].
@@ -30,11 +31,11 @@ def noisy_path(y0, sigmas, noise):
     Returns:
         [N + 1, B, C, H, W].
     """
-    levels = sigmas[:-1].view(-1, *[1] * y0.ndim)
-    return torch.cat([y0 + levels * noise, y0[None]])
+    levels = append_dims(sigmas[:-1], y0.ndim + 1)
+    return torch.cat([family.noisy(y0, levels, noise), y0[None]])
 
 
-def residuals(latents, sigmas, etas, denoise, chunk=1, step=ve_step):
+def residuals(latents: torch.Tensor, sigmas: torch.Tensor, etas: torch.Tensor, denoise, chunk=1, *, family: Family):
     """Residuals R_i = y_{i+1} - keep * y_i - take * D_i of a path (arXiv 2304.06140, eq. 5, before its division).
 
     The paper divides R by sigma_up to get noise maps z and drops the last; R itself needs no division, keeps the last
@@ -46,7 +47,7 @@ def residuals(latents, sigmas, etas, denoise, chunk=1, step=ve_step):
         denoise: `(y [M, C, H, W], sigma [M], i) -> D [M, C, H, W]`, called with `chunk` consecutive steps at a time
             (M = steps * B, the pictures of one step together), beginning with step i.
         chunk: steps in one call.
-        step: step function of the model family.
+        family: of the model.
 
     Returns:
         [N, B, C, H, W] on the device of `latents`.
@@ -58,6 +59,6 @@ def residuals(latents, sigmas, etas, denoise, chunk=1, step=ve_step):
         y = latents[i : min(i + chunk, len(out))]
         d = denoise(y.flatten(0, 1), sigmas[i : i + len(y)].repeat_interleave(batch), i).view_as(y)
         for j in range(len(y)):
-            c = step(levels[i + j], levels[i + j + 1], float(etas[i + j]))
+            c = family.step(levels[i + j], levels[i + j + 1], float(etas[i + j]))
             out[i + j] = latents[i + j + 1] - c.keep * y[j] - c.take * d[j]
     return out

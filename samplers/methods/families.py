@@ -1,14 +1,11 @@
-"""One sampling step as a linear update, `y_next = keep * y + take * D + up * z`.
+"""Families of models: what a noise level means, and one sampling step as `y_next = keep * y + take * D + up * z`.
 
 `y` is a latent in ComfyUI's sampling space, `D` the model's prediction of the clean latent ("denoised"), `z` a noise
-map. A model family differs from another only in the three coefficients, so every inversion method and every sampler
-here takes the function that gives them.
-
-Variance-exploding space (SD 1.x, SD 2.x, SDXL; eps- and v-prediction alike): `y = x / sqrt(abar)`,
-`sigma = sqrt((1 - abar) / abar)`, `eps = (y - D) / sigma`.
+map. A family knows the numbers; every inversion method and every sampler asks it and never writes them itself.
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -22,37 +19,87 @@ class Step:
     up: float
 
 
-def ve_step(sigma, sigma_next, eta=1.0):
-    """DDIM with stochasticity `eta` in variance-exploding space (arXiv 2010.02502, eq. 12 and 16).
+class Family(Protocol):
+    """The numbers of one kind of model. Noise levels are ComfyUI's sigmas.
 
-    `eta` 0 is the DDIM (Euler) step, `eta` 1 the DDPM posterior (arXiv 2006.11239, eq. 7), which is what LEDITS and
-    edit-friendly DDPM inversion use:
-
-        sigma_up   = eta * sigma_next * sqrt(1 - r^2),   r = sigma_next / sigma
-        sigma_down = sqrt(sigma_next^2 - sigma_up^2)
-        y_next     = D + (sigma_down / sigma) * (y - D) + sigma_up * z
-
-    At `eta` 1 that is `r^2 * y + (1 - r^2) * D + sigma_up * z`. Exact also where `sigma_next` is 0.
-
-    Args:
-        sigma, sigma_next: noise levels, `sigma > sigma_next >= 0`.
-        eta: 0..1.
+    Attributes:
+        name: what an inversion is saved with.
     """
-    sigma, sigma_next = float(sigma), float(sigma_next)
-    r2 = (sigma_next / sigma) ** 2
-    up2 = eta**2 * sigma_next**2 * (1 - r2)
-    keep = (max(sigma_next**2 - up2, 0.0)) ** 0.5 / sigma
-    return Step(keep, 1 - keep, up2**0.5)
+
+    name: str
+
+    def step(self, sigma: float, sigma_next: float, eta: float) -> Step:
+        """From `sigma` to `sigma_next`, `sigma > sigma_next >= 0`, with stochasticity `eta` in 0..1."""
+
+    def noisy(self, x0: torch.Tensor, sigma, noise: torch.Tensor) -> torch.Tensor:
+        """The latent at level `sigma` of a clean latent and a noise; `sigma` is a number or broadcasts."""
+
+    def noise(self, y: torch.Tensor, x0: torch.Tensor, sigma: float) -> torch.Tensor:
+        """The noise in a latent at level `sigma` > 0: undoes `noisy`; with D for `x0` it is eps."""
+
+    def log_snr_gain(self, sigma: float, sigma_next: float) -> torch.Tensor:
+        """By how much `ln(signal / noise)` rises from a level to the next, both > 0: the step of second-order solvers."""
+
+    def power(self, sigma):
+        """Mean square of a latent at level `sigma` whose clean latent is of unit variance."""
+
+    def noise_map_variance(self, sigma: float, sigma_next: float, eta: float) -> float:
+        """Variance of edit-friendly noise maps of a step, were D the picture itself, see `inversion_statistics`."""
 
 
-# The step function of every model family that can be inverted, by the name that an inversion carries.
-FAMILIES = {"ve": ve_step}
+class VarianceExploding:
+    """SD 1.x, SD 2.x and SDXL, eps- and v-prediction alike: `y = x0 + sigma * n`.
+
+    In terms of the papers' variance-preserving latent x: `y = x / sqrt(abar)`, `sigma = sqrt((1 - abar) / abar)` and
+    `eps = (y - D) / sigma`.
+    """
+
+    name = "ve"
+
+    def step(self, sigma, sigma_next, eta=1.0):
+        """DDIM with stochasticity `eta` (arXiv 2010.02502, eq. 12 and 16).
+
+        `eta` 0 is the DDIM (Euler) step, `eta` 1 the DDPM posterior (arXiv 2006.11239, eq. 7), which is what LEDITS and
+        edit-friendly DDPM inversion use:
+
+            sigma_up   = eta * sigma_next * sqrt(1 - r^2),   r = sigma_next / sigma
+            sigma_down = sqrt(sigma_next^2 - sigma_up^2)
+            y_next     = D + (sigma_down / sigma) * (y - D) + sigma_up * z
+
+        At `eta` 1 that is `r^2 * y + (1 - r^2) * D + sigma_up * z`. Exact also where `sigma_next` is 0.
+        """
+        sigma, sigma_next = float(sigma), float(sigma_next)
+        r2 = (sigma_next / sigma) ** 2
+        up2 = eta**2 * sigma_next**2 * (1 - r2)
+        keep = (max(sigma_next**2 - up2, 0.0)) ** 0.5 / sigma
+        return Step(keep, 1 - keep, up2**0.5)
+
+    def noisy(self, x0, sigma, noise):
+        return x0 + sigma * noise
+
+    def noise(self, y, x0, sigma):
+        return (y - x0) / sigma
+
+    def log_snr_gain(self, sigma, sigma_next):
+        return torch.log(torch.as_tensor(float(sigma) / float(sigma_next)))
+
+    def power(self, sigma):
+        return 1 + sigma**2
+
+    def noise_map_variance(self, sigma, sigma_next, eta):
+        """`(sigma_next^2 + keep^2 * sigma^2) / sigma_up^2`, at eta 1 `(1 + r^2) / (1 - r^2)` (arXiv 2304.06140, section 3)."""
+        sigma, sigma_next, step = float(sigma), float(sigma_next), self.step(sigma, sigma_next, eta)
+        return (sigma_next**2 + step.keep**2 * sigma**2) / step.up**2
 
 
-def second_order(denoised, previous, sigma_before, sigma, sigma_next):
+# Every family that can be inverted, by the name that an inversion carries.
+FAMILIES: dict[str, Family] = {family.name: family for family in (VarianceExploding(),)}
+
+
+def second_order(denoised, previous, sigma_before, sigma, sigma_next, *, family: Family):
     """Second-order extrapolation of D for SDE-DPM-Solver++(2M) (arXiv 2211.01095; LEDITS++, arXiv 2311.16711, eq. 3).
 
-        D~ = D + h / (2 * h_before) * (D - D_before),   h = ln(sigma / sigma_next)
+        D~ = D + h / (2 * h_before) * (D - D_before),   h = gain of ln(signal / noise)
 
     The last step to `sigma_next` 0 has infinite h and stays first order, as does a first step (`previous` None).
 
@@ -61,6 +108,5 @@ def second_order(denoised, previous, sigma_before, sigma, sigma_next):
     """
     if previous is None or float(sigma_next) == 0:
         return denoised
-    h = torch.log(torch.as_tensor(float(sigma) / float(sigma_next)))
-    h_before = torch.log(torch.as_tensor(float(sigma_before) / float(sigma)))
+    h, h_before = family.log_snr_gain(sigma, sigma_next), family.log_snr_gain(sigma_before, sigma)
     return denoised + float(h / (2 * h_before)) * (denoised - previous)

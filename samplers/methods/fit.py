@@ -1,6 +1,10 @@
-"""The inner loop of inversions that learn: a few steps of Adam on the embeddings of one noise level."""
+"""Inversions that learn: along a path, a few steps of Adam on the embeddings of every noise level."""
+
+from collections.abc import Callable
 
 import torch
+
+from .families import Family
 
 # Gradients of a mean over a latent are too small for a float16 network; powers of two change nothing in float32.
 _LOSS_SCALE = 2.0**14
@@ -14,9 +18,55 @@ def learning_rate(i, rate=1e-2):
     return rate * max(1 - i / 100, 0.1)
 
 
-def good_enough(i, first=1e-5, rise=2e-5):
+def loss_to_leave_at(i, first=1e-5, rise=2e-5):
     """Loss below which step i of the path is left, `1e-5 + i * 2e-5` (code of arXiv 2211.09794)."""
     return first + i * rise
+
+
+def mse_vp(y: torch.Tensor, target: torch.Tensor, sigma, family: Family):
+    """Mean squared error of each picture in variance-preserving units (the space of Stable Diffusion's latents), [B]."""
+    return (y - target).square().flatten(1).mean(1) / family.power(float(sigma))
+
+
+def learn_path(latents: torch.Tensor, sigmas: torch.Tensor, *, family: Family, parameters: list, value: Callable,
+               predictions: Callable, steps: Callable, rate: float, enough: float):
+    """Learn a value for every step of a path, one step at each `next`.
+
+    Step i starts from the value of the step before it and lowers, by Adam,
+
+        MSE(x_{i+1}(value), x*_{i+1}) + what the method adds,   x = y / sqrt(power(sigma)),
+
+    where x* is the stored path in variance-preserving units, the space of the papers, so that learning rate and early
+    stop mean what they mean there. Then the picture moves on with the value learned.
+
+    Args:
+        latents, sigmas: the path, [N + 1, B, C, H, W] and [N + 1].
+        family: of the model.
+        parameters: see `fit`.
+        value: `() -> [B, ...]`, made of the parameters.
+        predictions: `(y, i) -> (value -> D, loss to add)`; what does not depend on the value is predicted once.
+        steps: `i -> ` largest number of Adam steps for step i of the path.
+        rate, enough: learning rate and early stop of the first step, see `learning_rate`, `loss_to_leave_at`.
+
+    Yields:
+        for each step of the path: the value [B, ...], losses [B], D and the latent it leads to.
+    """
+    y = latents[0]
+    for i in range(len(latents) - 1):
+        c = family.step(sigmas[i], sigmas[i + 1], 0.0)
+        with torch.no_grad():
+            predict = predictions(y, i)
+
+        def losses(y=y, i=i, c=c, predict=predict):
+            d, more = predict(value())
+            return mse_vp(c.keep * y + c.take * d, latents[i + 1], sigmas[i + 1], family) + more
+
+        loss = fit(parameters, losses, learning_rate(i, rate), steps(i), loss_to_leave_at(i, enough))
+        with torch.no_grad():
+            learned = value().detach()
+            d, _ = predict(learned)
+            y = c.keep * y + c.take * d
+        yield learned, loss, d, y
 
 
 def fit(parameters, losses, rate, steps, enough):
@@ -38,7 +88,7 @@ def fit(parameters, losses, rate, steps, enough):
     Raises:
         ValueError: the loss is not finite, or its gradient is not at any scale.
     """
-    optimisers = [torch.optim.Adam(own, lr=rate) for own in parameters]
+    optimisers = [torch.optim.Adam(of_picture, lr=rate) for of_picture in parameters]
     last = torch.full((len(parameters),), torch.nan)
     active = torch.ones(len(parameters), dtype=torch.bool)
     for _ in range(steps):
@@ -54,9 +104,9 @@ def fit(parameters, losses, rate, steps, enough):
 
 def _differentiate(parameters, losses):
     """Fill the gradients of all parameters; returns the losses [B] on the CPU."""
-    leaves = [p for own in parameters for p in own]
-    scale = _LOSS_SCALE
-    while scale >= 1:
+    leaves = [p for of_picture in parameters for p in of_picture]
+
+    def evaluate(scale):
         with torch.enable_grad():
             loss = losses()
             if not torch.isfinite(loss).all():
@@ -64,13 +114,34 @@ def _differentiate(parameters, losses):
                     "The model's prediction is NaN or infinite, so nothing can be learned from it. A float16 model that "
                     "overflows is the usual cause: start ComfyUI with --force-fp32 or --bf16-unet."
                 )
-            gradients = torch.autograd.grad(loss.sum() * scale, leaves)
+            return loss, torch.autograd.grad(loss.sum() * scale, leaves)
+
+    loss, gradients = scaled_gradient(evaluate, _LOSS_SCALE)
+    for p, g in zip(leaves, gradients):
+        p.grad = g
+    return loss.detach().cpu()
+
+
+def scaled_gradient(evaluate: Callable, scale: float):
+    """A gradient through a network that may be float16, whose small numbers vanish unless the loss is scaled up.
+
+    Args:
+        evaluate: `scale -> (result, gradients)` of the loss times `scale`, evaluated anew at every call.
+        scale: to begin with, a power of two (which changes nothing in float32); where it overflows, smaller ones are tried.
+
+    Returns:
+        the result, and the gradients of the loss itself.
+
+    Raises:
+        ValueError: a gradient that is not finite at any scale.
+    """
+    while True:
+        result, gradients = evaluate(scale)
         if all(torch.isfinite(g).all() for g in gradients):
-            for p, g in zip(leaves, gradients):
-                p.grad = g / scale
-            return loss.detach().cpu()
-        scale /= 2**7
-    raise ValueError(
-        "The gradient through the model is NaN or infinite. A float16 model that overflows is the usual cause: start "
-        "ComfyUI with --force-fp32 or --bf16-unet."
-    )
+            return result, [g / scale for g in gradients]
+        if scale <= 1:
+            raise ValueError(
+                "The gradient through the model is NaN or infinite. A float16 model that overflows is the usual cause: start "
+                "ComfyUI with --force-fp32 or --bf16-unet."
+            )
+        scale = max(scale / 2**7, 1.0)

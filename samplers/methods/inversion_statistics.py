@@ -1,11 +1,11 @@
-"""What can be measured on an inversion without a model: its noise against theory, and how exactly it replays."""
+"""Measures of an inversion that need no model: its noise against theory, and how exactly it replays."""
 
 from dataclasses import dataclass
 
 import torch
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Noise:
     """Noise of an inversion at each of K places of its path.
 
@@ -45,18 +45,23 @@ def noise(inversion):
     steps = [i for i in range(inversion.steps) if inversion.residuals is not None and inversion.step(i).up > 0]
     if steps:
         values = [inversion.residuals[i].double() / inversion.step(i).up for i in steps]
-        expected = []
-        for i in steps:
-            c, sigma, sigma_p = inversion.step(i), float(inversion.sigmas[i]), float(inversion.sigmas[i + 1])
-            expected.append((sigma_p**2 + c.keep**2 * sigma**2) / c.up**2)
+        levels, etas = inversion.sigmas, inversion.etas
+        expected = [inversion.kind.noise_map_variance(levels[i], levels[i + 1], float(etas[i])) for i in steps]
         what = "noise maps"
     else:
         steps = list(range(inversion.steps))
-        values = [(inversion.latents[i].double() - inversion.latents[-1]) / float(inversion.sigmas[i]) for i in steps]
+        picture, levels = inversion.latents[-1], inversion.sigmas.tolist()
+        values = [inversion.kind.noise(inversion.latents[i].double(), picture, levels[i]) for i in steps]
         expected, what = [1.0] * len(steps), "noise in the path"
     flat = [v.flatten(1) for v in values]
-    return Noise(what, steps, torch.stack([v.norm(dim=1) for v in flat]), torch.stack([v.var(1, False) for v in flat]),
-                 torch.tensor(expected, dtype=torch.float64), flat[0].shape[1])
+    return Noise(
+        what=what,
+        steps=steps,
+        norms=torch.stack([v.norm(dim=1) for v in flat]),
+        variances=torch.stack([v.var(1, False) for v in flat]),
+        expected=torch.tensor(expected, dtype=torch.float64),
+        numbers=flat[0].shape[1],
+    )
 
 
 def replay_errors(inversion):

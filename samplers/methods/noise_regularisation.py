@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class NoiseRegularisation:
     """Makes eps of one step a little more like Gaussian noise: `eps' = regularisation(eps, i)`.
 

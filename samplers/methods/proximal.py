@@ -7,6 +7,8 @@ same for differences of D and of eps.
 import torch
 import torch.nn.functional as F
 
+from .shapes import append_dims
+
 KINDS = ("soft", "hard")
 HOLDS = ("nothing", "picture", "path")
 
@@ -24,7 +26,7 @@ def shrink(delta, quantile, kind="soft"):
     """
     size = delta.abs()
     threshold = torch.quantile(size.float().flatten(1), quantile, dim=1) if quantile > 0 else size.new_zeros(len(size))
-    threshold = threshold.to(delta).view(-1, *[1] * (delta.ndim - 1))
+    threshold = append_dims(threshold.to(delta), delta.ndim)
     if kind == "soft":
         return delta.sign() * (size - threshold).clamp(min=0), threshold
     return torch.where(size > threshold, delta, torch.zeros_like(delta)), threshold

@@ -5,10 +5,11 @@ from typing import Any
 
 import torch
 
-from .families import FAMILIES
+from .families import FAMILIES, Family, Step
+from .shapes import append_dims
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Inversion:
     """A picture as a path through noise levels.
 
@@ -20,7 +21,7 @@ class Inversion:
         residuals: float32 [N, B, C, H, W] or None. `residuals[i] = latents[i + 1] - keep * latents[i] - take * D_i` is
             the scaled noise `sigma_up * z` of step i: adding it to a step with the same D follows the path exactly.
         etas: float32 [N], the stochasticity that each residual was made for.
-        family: key of `steps.FAMILIES`.
+        family: name of the kind of model, a key of `families.FAMILIES`; `kind` is the object.
         model: description of the model the path was made with (`models.describe`); a replay on another is refused.
         method: name of the method, for people.
         settings: what it was made with, for people and files. Plain values only.
@@ -33,7 +34,7 @@ class Inversion:
 
     sigmas: torch.Tensor
     latents: torch.Tensor
-    residuals: torch.Tensor | None
+    residuals: torch.Tensor | None = None
     etas: torch.Tensor
     family: str
     model: str
@@ -70,9 +71,14 @@ class Inversion:
         """Number of pictures B."""
         return self.latents.shape[1]
 
-    def step(self, i):
+    @property
+    def kind(self) -> Family:
+        """The numbers of the kind of model that the path was made with."""
+        return FAMILIES[self.family]
+
+    def step(self, i: int) -> Step:
         """Coefficients of step i (from `sigmas[i]` to `sigmas[i + 1]`)."""
-        return FAMILIES[self.family](self.sigmas[i], self.sigmas[i + 1], float(self.etas[i]))
+        return self.kind.step(self.sigmas[i], self.sigmas[i + 1], float(self.etas[i]))
 
     def residual(self, i):
         """Residual of step i [B, C, H, W]; zeros where the method has none."""
@@ -110,7 +116,7 @@ class Inversion:
 
     def _up(self):
         up = torch.tensor([self.step(i).up or 1.0 for i in range(self.steps)], dtype=torch.float32)
-        return up.view(-1, *[1] * (self.latents.ndim - 1))
+        return append_dims(up, self.latents.ndim)
 
     def start_of(self, sigmas):
         """The step at which a run over `sigmas` starts.

@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 
+from .shapes import append_dims
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class Concept:
     """A concept to push towards or away from.
 
@@ -54,7 +56,7 @@ def guidance(eps_concept, eps_uncond, concept):
     d = (eps_concept - eps_uncond) * (concept.direction * concept.scale)
     size = d.abs().float()
     least = torch.quantile(size.flatten(2), concept.threshold, dim=2)
-    return torch.where(size >= least.view(*least.shape, *[1] * (d.ndim - 2)), d, torch.zeros_like(d))
+    return torch.where(size >= append_dims(least, d.ndim), d, torch.zeros_like(d))
 
 
 class Sega:

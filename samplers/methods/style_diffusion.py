@@ -8,9 +8,8 @@ import math
 
 import torch
 
-from .families import ve_step
-from .fit import fit, good_enough, learning_rate
-from .null_text import mse_vp
+from .families import Family
+from .fit import learn_path
 
 
 def modulate(context, value):
@@ -91,44 +90,46 @@ def inner_steps(i, most=100):
     return math.ceil(most * math.exp(-0.1 * i))
 
 
-def optimise(latents, sigmas, value, positive, negative, source_maps, combine, attention=1.0, most=100, rate=1e-2,
-             enough=1e-5, step=ve_step):
-    """Learn the VALUE of every step (arXiv 2303.15649, eq. 5 to 7), one step at each `next`.
+def learn(latents: torch.Tensor, sigmas: torch.Tensor, predict, look, value, *, family: Family, attention=1.0, most=100,
+          rate=1e-2, enough=1e-5):
+    """Learn the VALUE of every step (arXiv 2303.15649, eq. 5 to 7), see `fit.learn_path`.
 
-    Lowers, by Adam, `MSE(x_{i+1}, x*_{i+1}) + attention * sum over layers of MSE(A, A*)`; x in variance-preserving
-    units, A the cross-attention maps at this step, A* those of the inversion at the same latent (the first step, which
-    the inversion never evaluated, takes those of the second).
+        D    = guidance(D(source prompt, VALUE), D(negative))
+        loss = MSE(x_{i+1}, x*_{i+1}) + attention * sum over layers of MSE(A, A*)
+
+    A are the cross-attention maps at this step, A* those of the inversion at the same latent (the first step, which the
+    inversion never evaluated, takes those of the second).
 
     Args:
         latents, sigmas: the path, [N + 1, B, C, H, W] and [N + 1].
+        predict: `(name, y, sigma) -> D` and `predict.combine(y, sigma, D_p, D_u) -> D`, guidance.
+        look: `(y, sigma, VALUE or None) -> D of the positive, maps`, differentiable in VALUE; maps are a list of [B, ...].
         value: `() -> VALUE`, with `parameters` for each picture; see `Direct` and `Mapping`. Goes on from step to step.
-        positive: `(y, i, VALUE) -> D, maps`, differentiable in VALUE; maps are a list of [B, ...].
-        negative: `(y, i) -> D`.
-        source_maps: `i -> maps` of the inversion at `latents[i]`; not called where `attention` is 0.
-        combine: `(y, i, D_p, D_u) -> D` guidance, differentiable in D_p.
         attention: weight of the attention loss.
         most: Adam steps of the first step, see `inner_steps`.
-        rate, enough: learning rate and early stop of the first step, see `fit`.
-        step: step function of the model family.
+        rate, enough: see `fit.learn_path`.
 
     Yields:
-        for each step of the path: the VALUE, losses [B], D and the latent it leads to.
+        see `fit.learn_path`.
     """
-    y = latents[0]
-    for i in range(len(latents) - 1):
-        c = step(sigmas[i], sigmas[i + 1], 0.0)
-        with torch.no_grad():
-            d_u = negative(y, i)
-            wanted = source_maps(max(i, 1)) if attention else []
 
-        def losses(y=y, i=i, c=c, d_u=d_u, wanted=wanted):
-            d_p, maps = positive(y, i, value())
-            loss = mse_vp(c.keep * y + c.take * combine(y, i, d_p, d_u), latents[i + 1], sigmas[i + 1])
-            return loss + attention * sum((a - b).square().flatten(1).mean(1) for a, b in zip(maps, wanted))
+    def source_maps(i):
+        """Of the inversion's own evaluation that led from latent i to the noisier one before it (`ddim.invert`)."""
+        rescale = (family.power(sigmas[i - 1]) / family.power(sigmas[i])) ** 0.5
+        return look(latents[i] * rescale, sigmas[i - 1], None)[1]
 
-        loss = fit(value.parameters, losses, learning_rate(i, rate), inner_steps(i, most), good_enough(i, enough))
-        with torch.no_grad():
-            learned = value().detach()
-            d = combine(y, i, positive(y, i, learned)[0], d_u)
-            y = c.keep * y + c.take * d
-        yield learned, loss, d, y
+    def predictions(y, i):
+        negative = predict("negative", y, sigmas[i])
+        wanted = source_maps(max(i, 1)) if attention else []
+
+        def at(learned):
+            positive, maps = look(y, sigmas[i], learned)
+            apart = sum((a - b).square().flatten(1).mean(1) for a, b in zip(maps, wanted))
+            return predict.combine(y, sigmas[i], positive, negative), attention * apart
+
+        return at
+
+    return learn_path(
+        latents, sigmas, family=family, parameters=value.parameters, value=value, predictions=predictions,
+        steps=lambda i: inner_steps(i, most), rate=rate, enough=enough,
+    )

@@ -1,14 +1,12 @@
-"""A small client of ComfyUI's HTTP API. Standard library only; every error is a sentence for the user."""
+"""A small client of ComfyUI's HTTP API; every error is a sentence for the user."""
 
-import http.client
 import json
-import mimetypes
 import time
-import urllib.error
-import urllib.parse
-import urllib.request
 import uuid
 from pathlib import Path
+from urllib.parse import urlencode
+
+import requests
 
 
 class ComfyError(Exception):
@@ -29,23 +27,24 @@ class ComfyClient:
 
     def __init__(self, url, timeout=60):
         self.url, self.timeout, self._id = url.rstrip("/"), timeout, uuid.uuid4().hex
+        self._session = requests.Session()
         # The server is on this machine or near it: a proxy of the environment must not come between.
-        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        self._session.trust_env = False
 
-    def ask(self, path, data=None, content_type="application/json"):
-        """The bytes that the server answers to a GET, or to a POST of `data` (bytes)."""
-        headers = {} if data is None else {"Content-Type": content_type}
-        request = urllib.request.Request(self.url + path, data, headers)
+    def ask(self, path, data=None, files=None):
+        """The bytes that the server answers to a GET, or to a POST of `data`: JSON as bytes, or with `files` a form."""
+        method = "GET" if data is None else "POST"
+        headers = {"Content-Type": "application/json"} if data is not None and files is None else None
         try:
-            with self._opener.open(request, timeout=self.timeout) as answer:
-                return answer.read()
-        except urllib.error.HTTPError as error:
-            raise ComfyError(_refusal(path, error.code, error.read())) from None
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            reason = getattr(error, "reason", error)
+            answer = self._session.request(method, self.url + path, data=data, files=files, headers=headers,
+                                           timeout=self.timeout)
+        except (OSError, ValueError) as error:
             raise NoAnswer(
-                f"ComfyUI does not answer at {self.url} ({reason}): start it, or give the right address."
+                f"ComfyUI does not answer at {self.url} ({_reason(error)}): start it, or give the right address."
             ) from None
+        if not answer.ok:
+            raise ComfyError(_refusal(path, answer.status_code, answer.content))
+        return answer.content
 
     def ask_json(self, path, data=None):
         """As `ask`, with JSON both ways."""
@@ -84,19 +83,10 @@ class ComfyClient:
             data: its bytes.
             folder: "input", or "temp", which ComfyUI empties.
         """
-        path, boundary = Path(path), uuid.uuid4().hex
-        kind = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
-        parts = [
-            f'--{boundary}\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{value}\r\n'.encode()
-            for name, value in (("overwrite", "true"), ("subfolder", subfolder), ("type", folder))
-        ]
-        parts += [
-            f'--{boundary}\r\nContent-Disposition: form-data; name="image"; filename="{path.name}"\r\n'
-            f"Content-Type: {kind}\r\n\r\n".encode(),
-            path.read_bytes() if data is None else data,
-            f"\r\n--{boundary}--\r\n".encode(),
-        ]
-        found = json.loads(self.ask("/upload/image", b"".join(parts), f"multipart/form-data; boundary={boundary}"))
+        path = Path(path)
+        form = {"overwrite": "true", "subfolder": subfolder, "type": folder}
+        image = path.name, path.read_bytes() if data is None else data
+        found = json.loads(self.ask("/upload/image", form, files={"image": image}))
         name = "/".join(part for part in (found["subfolder"], found["name"]) if part)
         return name if folder == "input" else f"{name} [{folder}]"
 
@@ -145,13 +135,20 @@ class ComfyClient:
 
     def fetch(self, image):
         """The bytes of a file that a history entry names ({"filename", "subfolder", "type"})."""
-        return self.ask("/view?" + urllib.parse.urlencode(image))
+        return self.ask("/view?" + urlencode(image))
 
 
 def seconds_of(entry):
     """Seconds from the start of a prompt's execution to its end, from its history entry."""
     times = {name: data["timestamp"] for name, data in entry["status"]["messages"] if "timestamp" in data}
     return (times["execution_success"] - times["execution_start"]) / 1000
+
+
+def _reason(error):
+    """The system's own words; `requests` and urllib3 wrap them several times."""
+    while isinstance(inner := error.__cause__ or error.__context__, Exception):
+        error = inner
+    return error
 
 
 def _refusal(path, code, body):
@@ -183,6 +180,7 @@ def _succeeded(entry):
     if "execution_error" in messages:
         error = messages["execution_error"]
         raise ComfyError(
-            f"The workflow failed at node {error['node_id']} ({error['node_type']}): {error['exception_message'].strip()}"
+            f"The workflow failed at node {error['node_id']} ({error['node_type']}): "
+            f"{error['exception_message'].strip()}"
         )
     raise ComfyError("The workflow was interrupted: run it again.")

@@ -1,6 +1,6 @@
 """Demo-Bench: PIE-Bench's format made of the demo model's world, where the true result of every edit is known.
 
-    python -m evaluation.demobench FOLDER [--each 25] [--seed 0]
+    python tools/run.py benchmarks.demobench FOLDER [--each 25] [--seed 0]
 
 Every picture is a held-out scene of the renderer, every edit replaces one value of it, so the true target is the same
 scene with that value. The mask is where the two pictures differ. Whether an edit was made is read from the edited
@@ -11,7 +11,6 @@ import argparse
 import difflib
 import json
 import shutil
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -229,7 +228,3 @@ def main(arguments):
     ready(options.folder, options.each, options.seed)
     print(f"{options.folder}: {len(EDITS) * options.each} pictures")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -19,6 +19,10 @@ def main(arguments):
     parser.add_argument("--each", type=int, default=demobench.EACH, help="pictures to make of every type of edit")
     parser.add_argument("--data-seed", type=int, default=0, help="another one makes other pictures")
     options = parser.parse_args(arguments)
-    demobench.ready(options.data, options.each, options.data_seed,
-                    lambda done, of: runner.show(f"making picture {done} of {of}", done == of))
+    with runner.progress() as bar:
+        def made(done, of):
+            bar.total = of
+            bar.update()
+
+        demobench.ready(options.data, options.each, options.data_seed, made)
     return runner.run(options, options.data)

@@ -2,7 +2,8 @@
 
 An entry has `image_path`, `original_prompt`, `editing_prompt` (square brackets mark what differs),
 `editing_instruction`, `editing_type_id`, `blended_word` ("source-word target-word", or empty) and `mask`: [start,
-length, ...] over the rows of the picture, 1 where the edit may change it. Demo-Bench adds `truth`. Numpy and Pillow only.
+length, ...] over the rows of the picture, 1 where the edit may change it. Demo-Bench adds `truth`. Numpy and Pillow
+only.
 """
 
 import io

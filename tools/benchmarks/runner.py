@@ -2,8 +2,9 @@
 
 import argparse
 import sys
-import time
 from pathlib import Path
+
+from tqdm import tqdm
 
 from ...evaluation.metrics import MODES
 from ..api.client import ComfyClient, ComfyError
@@ -30,9 +31,12 @@ def parser_of(doc, defaults):
     what.add_argument("--pictures", type=int, help="how many a method, evenly over the types of edits; 0 for all")
     what.add_argument("--types", help="numbers of the types of edits, such as 1,8; all where left out")
     what.add_argument("--steps", type=int, default=50)
-    what.add_argument("--cfg", type=float, help="guidance of all edits (default: %(default)s; None is each method's own)")
-    what.add_argument("--concept-scale", type=float, help="of LEDITS (default: %(default)s; None is its authors' presets)")
-    what.add_argument("--xa-guidance", type=float, help="of pix2pix-zero (default: %(default)s; None is its authors' 0.1)")
+    what.add_argument("--cfg", type=float,
+                      help="guidance of all edits (default: %(default)s; None is each method's own)")
+    what.add_argument("--concept-scale", type=float,
+                      help="of LEDITS (default: %(default)s; None is its authors' presets)")
+    what.add_argument("--xa-guidance", type=float,
+                      help="of pix2pix-zero (default: %(default)s; None is its authors' 0.1)")
     what.add_argument("--seed", type=int, default=1234)
     how = parser.add_argument_group("how edits are measured")
     how.add_argument("--mode", choices=MODES, help="pie-bench: as published; plain: over the pixels that count")
@@ -125,18 +129,16 @@ def _collect(pending, settings, scoring, book, options):
         _check_server(options.server, settings.checkpoint)
         for why, names in runner_work.missing(scoring).items():
             say(f"Not measured: {', '.join(names)}. {why}")
-    left = sum(len(wanted) for _, wanted in pending)
-    begin, done, wrong = time.monotonic(), 0, 0
-    for result in _results(_jobs(pending, settings, scoring), options):
-        book.add(result)
-        done += 1
-        row = result.row
-        if row.get("error"):
-            wrong += 1
-            say(f"{row['key']}, {row['method']}: {row['error']}")
-        spent = time.monotonic() - begin
-        show(f"{done} of {left} edits, {duration(spent / done * (left - done))} left: {row['key']}, {row['method']}",
-             done == left)
+    wrong = 0
+    with progress(sum(len(wanted) for _, wanted in pending), "edit") as bar:
+        for result in _results(_jobs(pending, settings, scoring), options):
+            book.add(result)
+            row = result.row
+            if row.get("error"):
+                wrong += 1
+                say(f"{row['key']}, {row['method']}: {row['error']}")
+            bar.set_postfix_str(f"{row['key']}, {row['method']}", refresh=False)
+            bar.update()
     return wrong
 
 
@@ -151,25 +153,10 @@ def _check_server(url, checkpoint):
                          "into its models/checkpoints.")
 
 
-def duration(seconds):
-    """Such as "2 h 5 min", "40 s"."""
-    minutes = round(seconds / 60)
-    if minutes < 2:
-        return f"{seconds:.0f} s"
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+def progress(total=None, unit="picture"):
+    """A bar of `tqdm`; where there is no terminal, a line now and then. Nothing of what is over in a moment."""
+    often = 0.1 if sys.stderr.isatty() else 10  # seconds
+    return tqdm(total=total, unit=unit, mininterval=often, delay=1, dynamic_ncols=True)
 
 
-_shown = [float("-inf")]
-
-
-def show(text, last=False):
-    """Progress: on a terminal one line that changes, elsewhere a line now and then."""
-    if sys.stdout.isatty():
-        print("\r" + text[:119].ljust(119), end="\n" if last else "", flush=True)
-    elif last or time.monotonic() - _shown[0] > 10:
-        _shown[0] = time.monotonic()
-        print(text, flush=True)
-
-
-def say(text):
-    print(("\r" + text.ljust(119)) if sys.stdout.isatty() else text, flush=True)
+say = tqdm.write

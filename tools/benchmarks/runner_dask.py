@@ -1,12 +1,12 @@
 """The benchmark on a Dask cluster: one task a picture, and beside every Dask worker a ComfyUI server of its own.
 
-    python -m dask scheduler                            # once, in this folder, with this pack's packages
+    python dev.py benchscheduler                        # once: starts the Dask scheduler
     python dev.py benchworker tcp://SCHEDULER:8786      # on every machine: starts ComfyUI and a Dask worker beside it
     python dev.py piebench --scheduler tcp://SCHEDULER:8786 --data FOLDER --checkpoint NAME
 
-Any other way to start Dask workers works too (one thread each, this folder on their Python path); LEDITS_COMFYUI tells
-a worker the address of its server. Balancing, retries and lost workers are Dask's business. A worker whose server has
-gone leaves the cluster, so that it does not draw tasks and fail them.
+Any other way to start them works too, with Dask's `--preload tools/run.py`, by which Dask finds this pack, and for
+workers `--nthreads 1`; LEDITS_COMFYUI tells a worker the address of its server. Balancing, retries and lost workers are
+Dask's business. A worker whose server has gone leaves the cluster, so that it does not draw tasks and fail them.
 """
 
 import asyncio
@@ -14,8 +14,8 @@ import contextlib
 import os
 import tempfile
 
-if __name__ == "__main__":
-    from ..api.client import ComfyClient, ComfyError, NoAnswer
+from ..api.client import ComfyClient, ComfyError, NoAnswer
+from . import runner_work
 
 SERVER, DEFAULT = "LEDITS_COMFYUI", "http://127.0.0.1:8188"
 RETRIES = 2  # of a task that failed in itself
@@ -24,8 +24,6 @@ RETRIES = 2  # of a task that failed in itself
 def run_job(job):
     """The task: all `Result`s of a job, from the server beside the Dask worker that runs it."""
     from distributed import Reschedule, get_worker
-
-    from . import runner_work
 
     client = ComfyClient(os.environ.get(SERVER, DEFAULT))
     for _ in range(2):
@@ -56,8 +54,8 @@ def spread(jobs, address, say):
     try:
         client = distributed.Client(address, timeout=20)
     except (OSError, ValueError, TypeError) as error:
-        raise ComfyError(f"No Dask scheduler answers at {address} ({error}): start one with `python -m dask scheduler` "
-                         "and give the address that it prints.") from None
+        raise ComfyError(f"No Dask scheduler answers at {address} ({error}): start one with "
+                         "`python dev.py benchscheduler` and give the address that it prints.") from None
     with contextlib.closing(client):
         waiting = {client.submit(run_job, job, pure=False, retries=RETRIES): job for job in jobs}
         told = False

@@ -37,7 +37,7 @@ class Scoring:
 def metrics_of(scoring):
     """The `Metrics` of this process; networks are loaded once."""
     names = tuple(METRICS) if scoring.every else PUBLISHED
-    folders = [*scoring.folders, Path(__file__).resolve().parents[1] / ".dev" / "base" / "models" / FOLDER]
+    folders = [*scoring.folders, Path(__file__).resolve().parents[2] / ".dev" / "base" / "models" / FOLDER]
     return Metrics(scoring.mode, Networks(folders), scoring.device, scoring.jpeg, names)
 
 

@@ -62,16 +62,19 @@ def batches(bench):
     """pictures inverted in one batch: seconds a picture beside those of one alone"""
     for pictures in (4, 16):
         t = bench.times(together=lambda: bench.invert(pictures), alone=lambda: bench.invert(1))
-        yield row(f"inversion of {pictures} pictures, {bench.steps} steps", "each", "alone", t["together"] / pictures, t["alone"])
+        yield row(f"inversion of {pictures} pictures, {bench.steps} steps", "each", "alone",
+                  t["together"] / pictures, t["alone"])
 
 
 def attention(bench):
-    """Prompt-to-Prompt on the Direct path, and a second edit from a kept store, beside the bare network on their rows"""
+    """Prompt-to-Prompt on the Direct path, and a second edit from a kept store, beside the bare network on the rows"""
     inversion = bench.methods()["Direct"]()
     path, control = inversion.result[0], (bench.prompt_to_prompt(),)
     store = bench.capture(path, control)
     sides = {
-        "P2P on the Direct path": (lambda: bench.edit(path, skip=0, concepts=(), attention=control), rows_of(inversion)),
+        "P2P on the Direct path": (
+            lambda: bench.edit(path, skip=0, concepts=(), attention=control), rows_of(inversion)
+        ),
         "second edit, kept store": (
             lambda: bench.edit(path, skip=0, concepts=(), attention=control, store=store.result[0]), 0
         ),
@@ -83,14 +86,18 @@ def attention(bench):
         yield row(name, "whole", "bare U-Net", t["whole"], t["bare"], note=f"{rows} rows{more}")
 
 
+def controlled(bench, control):
+    """An edit with a control along a path that needs no network, so that it is the edit alone."""
+    return bench.edit(bench.noise_path(), skip=0, concepts=(), attention=(control,))
+
+
 MEMORY = {
     "ksampler": lambda bench: bench.ksampler(),
     "inversion": lambda bench: bench.invert(),
     "inversion one by one": lambda bench: bench.invert(steps_at_once=1),
     "edit": lambda bench: bench.edit(bench.invert(steps_at_once=1).result[0]),
-    # along a path that needs no network, so that it is the edit alone; with the controls active in every step
-    "P2P edit": lambda bench: bench.edit(bench.noise_path(), skip=0, concepts=(), attention=(bench.prompt_to_prompt(1, 1),)),
-    "MasaCtrl edit": lambda bench: bench.edit(bench.noise_path(), skip=0, concepts=(), attention=(bench.masactrl(),)),
+    "P2P edit": lambda bench: controlled(bench, bench.prompt_to_prompt(1, 1)),
+    "MasaCtrl edit": lambda bench: controlled(bench, bench.masactrl()),
 }
 STORES = ("P2P edit", "MasaCtrl edit")
 
@@ -173,7 +180,8 @@ def diffusers(bench):
     for name, ours, other in (("inversion", our_inversion, their_inversion), ("edit", our_edit, their_edit)):
         note = f"{rows_of(ours())} rows, {count(other)} rows"
         t = bench.times(ours=ours, theirs=other)
-        yield row(f"LEDITS++ {name}, autoencoder and text included", "this pack", "diffusers", t["ours"], t["theirs"], note=note)
+        yield row(f"LEDITS++ {name}, autoencoder and text included", "this pack", "diffusers", t["ours"], t["theirs"],
+                  note=note)
 
 
 CASES = (inversion, methods, batches, overhead, attention, memory, store_memory, diffusers)

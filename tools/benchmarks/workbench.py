@@ -67,13 +67,15 @@ class Bench:
         from ...nodes.edit_friendly_inversion import EditFriendlyInversion
 
         return EditFriendlyInversion.execute(
-            self.model, self.cond(source), self.cond(""), latent or self.latent(pictures), cfg, self.steps,
-            "ddim_uniform", 1.0, 0, sigmas, steps_at_once)
+            model=self.model, positive=self.cond(source), negative=self.cond(""),
+            latent=latent or self.latent(pictures), cfg=cfg, steps=self.steps, scheduler="ddim_uniform", eta=1.0,
+            seed=0, sigmas=sigmas, steps_at_once=steps_at_once)
 
     def concepts(self, words=CONCEPTS, warmup=2, momentum=0.3):
         from ...samplers.methods.sega import Concept
 
-        return tuple(Concept(self.cond(word), 1, 7.0, 0.9, warmup, None, momentum, 0.6) for word in words)
+        return tuple(Concept(conditioning=self.cond(word), direction=1, scale=7.0, threshold=0.9, warmup=warmup,
+                             momentum_scale=momentum, momentum_beta=0.6) for word in words)
 
     def methods(self):
         """{name: a function that gives the NodeOutput of an inversion}, one for each method."""
@@ -84,13 +86,16 @@ class Bench:
                "steps": self.steps, "scheduler": "ddim_uniform"}
         exact = own | {"cfg": 1.0, "tolerance": 0.0, "convention": "A"}
         inverted = exact | {"path": {"path": "inverted"}}
-        learned = own | {"cfg": 7.5, "learning_rate": 0.01, "early_stop": 1e-5, "on_interrupt": learned_inversions.ON_INTERRUPT[0]}
+        learned = own | {"cfg": 7.5, "learning_rate": 0.01, "early_stop": 1e-5,
+                         "on_interrupt": learned_inversions.ON_INTERRUPT[0]}
         return {
             "DDIM": lambda: ddim_inversions.DDIMInversion.execute(**inverted, refinements=0),
             "refined DDIM": lambda: ddim_inversions.DDIMInversion.execute(**inverted, refinements=1),
             "edit-friendly": lambda: self.invert(),
-            "Direct": lambda: ddim_inversions.DirectInversion.execute(**exact, refinements=0, ablation={"ablation": "none"}),
-            "negative-prompt": lambda: ddim_inversions.NegativePromptInversion.execute(**inverted, refinements=0, interpolation=0.0),
+            "Direct": lambda: ddim_inversions.DirectInversion.execute(
+                **exact, refinements=0, ablation={"ablation": "none"}),
+            "negative-prompt": lambda: ddim_inversions.NegativePromptInversion.execute(
+                **inverted, refinements=0, interpolation=0.0),
             "null-text": lambda: learned_inversions.NullTextInversion.execute(**learned, inner_steps=most or 10),
             "StyleDiffusion": lambda: learned_inversions.StyleDiffusionInversion.execute(
                 **learned, first_steps=most or 100, attention_loss=1.0, tau_v=0.5),
@@ -98,36 +103,40 @@ class Bench:
 
     def noise_path(self):
         """A path that is made without the network."""
-        from ...nodes.ddim_inversions import SDEditPath
+        from ...nodes.sdedit import SDEditPath
 
-        return SDEditPath.execute(self.model, self.latent(1), self.steps, "ddim_uniform", 0)[0]
+        return SDEditPath.execute(model=self.model, latent=self.latent(1), steps=self.steps, scheduler="ddim_uniform",
+                                  seed=0)[0]
 
     def prompt_to_prompt(self, cross=0.8, layout=0.4):
         from ...attention_hooks.controls.p2p import PromptToPrompt
         from ...attention_hooks.text.prompts import edit_prompts
 
         prompts = edit_prompts(self.clip, SOURCE, TARGET)
-        return PromptToPrompt(prompts, cross=(0.0, cross), self_=(0.0, layout))
+        return PromptToPrompt(prompts=prompts, cross=(0.0, cross), self_=(0.0, layout))
 
     def masactrl(self):
         from ...attention_hooks.controls.masactrl import MasaCtrl
         from ...attention_hooks.text.prompts import edit_prompts
 
-        return MasaCtrl(edit_prompts(self.clip, SOURCE, TARGET))
+        return MasaCtrl(prompts=edit_prompts(self.clip, SOURCE, TARGET))
 
     def capture(self, inversion, controls):
         """The NodeOutput of Capture Attention for an edit without skip."""
         from ...nodes.capture_attention import CaptureAttention
 
-        return CaptureAttention.execute(self.model, self.cond(""), inversion, controls, 0)
+        return CaptureAttention.execute(
+            model=self.model, negative=self.cond(""), inversion=inversion, attention=controls, skip=0)
 
-    def edit(self, inversion, target=TARGET, cfg=7.5, skip=None, concepts=None, solver="ddpm", attention=None, store=None):
+    def edit(self, inversion, target=TARGET, cfg=7.5, skip=None, concepts=None, solver="ddpm", attention=None,
+             store=None):
         """The NodeOutput of an edit."""
         from ...nodes.sampling import LeditsKSampler
 
         return LeditsKSampler.execute(
-            self.model, self.cond(target), self.cond(""), inversion, cfg, self.skip if skip is None else skip,
-            self.concepts() if concepts is None else concepts, None, solver, attention, store)
+            model=self.model, positive=self.cond(target), negative=self.cond(""), inversion=inversion, cfg=cfg,
+            skip=self.skip if skip is None else skip, concepts=self.concepts() if concepts is None else concepts,
+            solver=solver, attention=attention, store=store)
 
     def ksampler(self, pictures=1, steps=None):
         """ComfyUI's own KSampler with a prompt and cfg."""

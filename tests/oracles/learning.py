@@ -8,9 +8,10 @@ import contextlib
 import comfy.ldm.modules.attention
 import comfy.sampler_helpers
 import comfy.samplers
-import reference
-import tiny
 import torch
+from support import tiny
+
+from oracles import diffusion
 
 
 class Network:
@@ -46,7 +47,7 @@ class Network:
         """The answer `out` of the network read at timestep `level` (arXiv 2202.00512, appendix D)."""
         if not self.v:
             return out
-        return reference.abar(level).sqrt() * out + (1 - reference.abar(level)).sqrt() * x
+        return diffusion.abar(level).sqrt() * out + (1 - diffusion.abar(level)).sqrt() * x
 
     @contextlib.contextmanager
     def watching(self, layers):
@@ -83,8 +84,8 @@ def ddim_inversion(network, x_0, timesteps, words, y=None, layers=()):
         t, p, x = timesteps[i], timesteps[i + 1], path[-1]
         with network.watching(layers) as seen:
             e = network.as_eps(network.eps(x, t, words, y), x, p)
-        picture = (x - (1 - reference.abar(p)).sqrt() * e) / reference.abar(p).sqrt()
-        path.append(reference.abar(t).sqrt() * picture + (1 - reference.abar(t)).sqrt() * e)
+        picture = (x - (1 - diffusion.abar(p)).sqrt() * e) / diffusion.abar(p).sqrt()
+        path.append(diffusion.abar(t).sqrt() * picture + (1 - diffusion.abar(t)).sqrt() * e)
         maps[-1] = seen
         maps.append(None)
     maps[-1] = maps[-2]
@@ -103,7 +104,7 @@ def null_text(network, x_0, timesteps, words, null, cfg, inner, vectors=(None, N
 
         def predict(x=x, t=t, p=p, e_c=e_c, null=null):
             e_u = network.as_eps(network.eps(x, t, null, vectors[1]), x, t)
-            return reference.step(x, e_u + cfg * (e_c - e_u), t, p, eta=0.0)[0]
+            return diffusion.step(x, e_u + cfg * (e_c - e_u), t, p, eta=0.0)[0]
 
         for _ in range(inner):
             loss = torch.nn.functional.mse_loss(predict(), path[i + 1])
@@ -131,7 +132,7 @@ def style_diffusion(network, x_0, timesteps, words, null, cfg, counts, layers, v
 
         def predict(x=x, t=t, p=p, e_u=e_u, scale=scale, shift=shift):
             e_c = network.as_eps(network.eps(x, t, words, vectors[0], words * scale + shift), x, t)
-            return reference.step(x, e_u + cfg * (e_c - e_u), t, p, eta=0.0)[0]
+            return diffusion.step(x, e_u + cfg * (e_c - e_u), t, p, eta=0.0)[0]
 
         for _ in range(counts[i]):
             with network.watching(layers) as maps:

@@ -19,8 +19,10 @@ def record(steps=6, batch=2, size=8, residuals=True, overrides=None, latent_form
     r2 = ((sigmas[1:].double() / sigmas[:-1].double()) ** 2).view(-1, 1, 1, 1, 1)
     rest = (latents[1:] - r2 * latents[:-1] - (1 - r2) * predictions).float()
     made = Inversion(
-        sigmas, latents, rest if residuals else None, torch.ones(steps) if residuals else torch.zeros(steps), "ve",
-        "BaseModel, SD15", "edit-friendly DDPM", settings, overrides or {}, latent_format or comfy.latent_formats.SD15(),
+        sigmas=sigmas, latents=latents, residuals=rest if residuals else None,
+        etas=torch.ones(steps) if residuals else torch.zeros(steps), family="ve", model="BaseModel, SD15",
+        method="edit-friendly DDPM", settings=settings, overrides=overrides or {},
+        latent_format=latent_format or comfy.latent_formats.SD15(),
     )
     return made, predictions
 

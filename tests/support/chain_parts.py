@@ -13,9 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import folder_paths
-import joint
 import safetensors.torch
-import tiny
 import torch
 from comfy.ldm.modules.attention import optimized_attention
 from comfy_extras.nodes_custom_sampler import DisableNoise, SamplerCustomAdvanced
@@ -32,6 +30,7 @@ from comfyui_ledits.nodes.sampling import LeditsGuiderNode, LeditsKSampler, Ledi
 from comfyui_ledits.samplers.methods.sega import Concept
 
 import nodes
+from support import editing, tiny
 
 SOURCE, TARGET = "a cat sits on a sofa", "a dog sits on a sofa"
 STEPS, CFG, SIDE = 4, 5.0, 16
@@ -41,29 +40,29 @@ PAG_SCALE = 2.0
 @functools.cache
 def words():
     """Source and target prompt of Edit Prompts, of a random CLIP."""
-    return joint.prompts("sd1", SOURCE, TARGET)
+    return editing.prompts("sd1", SOURCE, TARGET)
 
 
 @functools.cache
 def empty():
-    return joint.negative("sd1")
+    return editing.negative("sd1")
 
 
 def attention(name):
     """Attention controls by name, acting in every step."""
     blocks = {"blocks": "output.1-", "window": (0, 1)}
-    blend = LocalBlend(("cat", "dog"), start=0.0, threshold=0.9, blocks="@1/2")
+    blend = LocalBlend(words=("cat", "dog"), start=0.0, threshold=0.9, blocks="@1/2")
     return {
-        "p2p": [PromptToPrompt(words(), cross=(0, 1), self_=(0, 1))],
-        "blend": [PromptToPrompt(words(), cross=(0, 0.5), self_=(0, 1), blend=blend)],
-        "blend alone": [PromptToPrompt(words(), cross=(0, 0), self_=(0, 0), blend=blend)],
-        "p2plus": [PromptToPrompt(words(), cross=(0, 1), self_=(0, 1), uncond_self=(0, 1))],
-        "masactrl": [MasaCtrl(words(), **blocks)],
-        "masactrl words": [MasaCtrl(words(), **blocks, source_words=("cat",), target_words=("dog",), threshold=0.5,
+        "p2p": [PromptToPrompt(prompts=words(), cross=(0, 1), self_=(0, 1))],
+        "blend": [PromptToPrompt(prompts=words(), cross=(0, 0.5), self_=(0, 1), blend=blend)],
+        "blend alone": [PromptToPrompt(prompts=words(), cross=(0, 0), self_=(0, 0), blend=blend)],
+        "p2plus": [PromptToPrompt(prompts=words(), cross=(0, 1), self_=(0, 1), uncond_self=(0, 1))],
+        "masactrl": [MasaCtrl(prompts=words(), **blocks)],
+        "masactrl words": [MasaCtrl(prompts=words(), **blocks, source_words=("cat",), target_words=("dog",), threshold=0.5,
                                     map_blocks="@1/2")],
-        "pnp": [PlugAndPlay(words(), features=(0, 1), attention=(0, 1), feature_blocks="output.1.0",
+        "pnp": [PlugAndPlay(prompts=words(), features=(0, 1), attention=(0, 1), feature_blocks="output.1.0",
                             attention_blocks="output.1-")],
-        "pix2pix": [Pix2PixZero(words(), xa_guidance=1.0)],
+        "pix2pix": [Pix2PixZero(prompts=words(), xa_guidance=1.0)],
     }[name]
 
 
@@ -75,7 +74,7 @@ def inputs(name):
     if name == "plain":
         return {}
     if name == "concepts":
-        return {"concepts": (Concept(tiny.conditioning(seed=5), warmup=0, scale=3.0, threshold=0.5),)}
+        return {"concepts": (Concept(conditioning=tiny.conditioning(seed=5), warmup=0, scale=3.0, threshold=0.5),)}
     return {"attention": tuple(attention(name))}
 
 
@@ -119,7 +118,7 @@ def scene(*names, batch=1):
 def plain(model=None, batch=1):
     """Nothing connected."""
     model = model or tiny.model()
-    return Parts(model, joint.path(model, STEPS, batch, SIDE, SIDE), words().target, empty())
+    return Parts(model, editing.path(model, STEPS, batch, SIDE, SIDE), words().target, empty())
 
 
 def linked(parts, *names):

@@ -179,13 +179,13 @@ def limited(size):
 
 
 def _of_inversions():
-    from pack.samplers import inversion_file
+    from pack.files import inversion_file
 
     return lambda path: {"latents": inversion_file.load(path, lambda plain: plain).latents}
 
 
 def _of_stores():
-    from pack.samplers import store_file
+    from pack.files import store_file
 
     return lambda path: store_file.load(path).tensors()
 
@@ -193,7 +193,7 @@ def _of_stores():
 def check_204(file, scratch, *halves):
     """Load 204 damaged copies of a file in a process of its own: none may crash, hang or take memory, most are refused."""
     # glibc would keep freed blocks for the next load, which could then allocate unseen
-    command = [sys.executable, __file__, str(Path(__file__).resolve().parents[1]), file, scratch, "204", *halves]
+    command = [sys.executable, __file__, str(Path(__file__).resolve().parents[2]), file, scratch, "204", *halves]
     env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -1,0 +1,197 @@
+"""The target pass: a plan's edits carried out in the model's calls, with what the source pass captured."""
+
+import functools
+
+import comfy.samplers
+import torch
+from comfy.samplers import CFGGuider
+
+from . import attend
+from .backbones.unet import AttentionCall, NetworkCall, UNet
+from .blocks import Layer
+from .edits import BRANCHES_DIFFER, COND, SOURCE, UNCOND, Comparison, CrossEdit, Slot
+from .plan import Plan
+from .source_pass import SourcePass, usable
+
+
+class TargetPass:
+    """Carries out a plan.
+
+    Args:
+        plan: of the run.
+        backbone: of the model.
+        source: where captured tensors are fetched from.
+        guider: the running CFGGuider, whose `conds` are set.
+        options: the run's `model_options`.
+
+    Raises:
+        ValueError: the positive is limited to an area, or is not the target prompt.
+    """
+
+    def __init__(self, *, plan: Plan, backbone: UNet, source: SourcePass, guider: CFGGuider, options: dict):
+        self.plan, self.backbone, self.source, self.guider, self.options = plan, backbone, source, guider, options
+        self.size, self.batch = plan.setting.size, plan.setting.batch
+        self.targets, self.compared = self._target_entries(), self._compared_entries()
+        self._step = None
+
+    def _target_entries(self):
+        """uuids of the positive's entries whose cross-attention is edited by words."""
+        given = self.guider.conds.get("positive") or []
+        positive = [c for c in given if self._everywhere(c)]
+        if given and not positive:
+            raise ValueError(
+                "The positive conditioning is limited to an area, and attention control acts on the whole picture. Use "
+                "Conditioning (Set Mask) in place of Set Area, or combine it with a prompt for the whole picture."
+            )
+        prompts = self.plan.prompts
+        if prompts is None:
+            return set()
+
+        def same(entry, embedding):
+            words = entry.get("cross_attn")
+            return words is not None and words.shape == embedding.shape and torch.equal(words.to(embedding), embedding)
+
+        exact = [c for c in positive if same(c, prompts.target[0][0])]
+        tokens = len(prompts.target_tokens)
+        fitting = exact or [c for c in positive if "cross_attn" in c and c["cross_attn"].shape[1] == tokens]
+        if not exact and any(same(c, prompts.source[0][0]) for c in positive) or not fitting:
+            raise ValueError(
+                "The positive conditioning of the sampler is not the target prompt of Edit Prompts: connect its 'target' "
+                "output (LoRA hooks, ControlNet and areas may be added on the way)."
+            )
+        return {c["uuid"] for c in fitting}
+
+    def _compared_entries(self):
+        """{uuid: the positive's encoded entry} whose maps are compared with the source's."""
+        compared = {}
+        for bound in self.plan.bound:
+            comparisons = (bound.comparison(step) for step in range(self.plan.setting.steps))
+            comparison = next((c for c in comparisons if c is not None), None)
+            if comparison is None:
+                continue
+            tokens = self.source.words(comparison.source).shape[1]
+            whole = [c for c in self.guider.conds.get("positive") or [] if self._everywhere(c) and "default" not in c]
+            lengths = {c["uuid"]: c["model_conds"]["c_crossattn"].cond.shape[1] for c in whole}
+            bound.check_lengths(tokens, set(lengths.values()))
+            compared |= {uuid: length for uuid, length in lengths.items() if length == tokens}
+        return set(compared)
+
+    def _everywhere(self, entry):
+        """Whether an encoded conditioning entry is for the whole picture; areas are (height, width, y, x)."""
+        area = entry.get("area")
+        return area is None or (not any(area[2:]) and area[0] >= self.size[0] and area[1] >= self.size[1])
+
+    def begin(self, step: int) -> dict:
+        """`model_options` for the model's calls at an executed step."""
+        self._step, plan, layout = step, self.plan.at(step), self.plan.setting.layout
+        edited = {key for key, _ in plan.self_edits}
+        words = plan.cross_edits.keys() | plan.word_maps.keys()
+        blocks = {key for key, _ in plan.features}
+        if not (edited or words or blocks):
+            return self.options
+        options = self.backbone.install(
+            self.options,
+            self_attention=([x for x in layout.layers if x.key in edited], self._self_attention),
+            cross_attention=([x for x in layout.layers if x.key in words], self._cross_attention),
+            features=([x for x in layout.resblocks if x.key in blocks], self._feature),
+        )
+        options[BRANCHES_DIFFER] = True
+        if self.plan.reads_words:
+            name = "sampler_calc_cond_batch_function"
+            options[name] = CondFirst(options.get(name))
+        return options
+
+    def gradient(self, y: torch.Tensor, sigma: float, options: dict, differentiate, comparison: Comparison, loss):
+        """`dL/dx` of a control's loss on the compared maps, see `Bound.before_step`.
+
+        Args:
+            options: of the step.
+            differentiate: see `samplers.latent_gradient`.
+            loss: `begin()`, `add(q, k, source_q, source_k, heads, entries)` for every compared layer, `end() -> scalar`.
+        """
+        entries = [c for c in self.guider.conds["positive"] if c["uuid"] in self.compared]
+
+        def look(layer: Layer, q, k, v, call: AttentionCall):
+            call.check_rows(q, self.batch * len(call.parts))
+            source = (self._fetch("attn2", layer, q, comparison.source, name) for name in "qk")
+            loss.add(q, k, *source, heads=call.heads, entries=len(entries))
+            return call(q, k, v)
+
+        layers = [x for x in self.plan.setting.layout.layers if x.key in comparison.layers]
+        watched = self.backbone.install(options, cross_attention=(layers, look))
+        slope = differentiate(self.guider, entries, y, sigma, watched, loss)
+        for bound in self.plan.bound:
+            bound.forget_maps()
+        return slope
+
+    def _untouched(self, call: NetworkCall):
+        """Entries with an area have another token grid, and no place in the source: they stay as they are."""
+        return call.size != self.size
+
+    def _fetch(self, site, layer: Layer, like, branch, name):
+        return self.source.fetch(self._step, Slot(branch, site, layer.key, name), like)
+
+    def _self_attention(self, layer: Layer, q, k, v, call: AttentionCall):
+        edits = self.plan.at(self._step).self_edits
+        edits = [edits.get((layer.key, UNCOND if part else COND), []) for part in call.parts]
+        if self._untouched(call) or not any(edits):
+            return call(q, k, v)
+        call.check_rows(q, self.batch * len(call.parts))
+        fetch = functools.partial(self._fetch, "attn1", layer, q)
+        return attend.self_attention(q, k, v, edits, call.grid, fetch, call)
+
+    def _cross_attention(self, layer: Layer, q, k, v, call: AttentionCall):
+        edited = [
+            (c, slice(c * self.batch, (c + 1) * self.batch))
+            for c, part in enumerate(call.parts)
+            if part == 0 and call.uuids[c] in self.targets
+        ]
+        if self._untouched(call) or not edited:
+            return call(q, k, v)
+        call.check_rows(q, self.batch * len(call.parts))
+        plan, source = self.plan.at(self._step), functools.partial(self._fetch, "attn2", layer, q, SOURCE)
+        edit = plan.cross_edits.get(layer.key)
+        for bound, columns in plan.word_maps.get(layer.key, ()):
+            rows = edited[0][1]
+            alone = functools.partial(call.plain, chunks=[0])
+            maps = attend.word_maps(q[rows], k[rows], call.heads, *columns, edit, source, alone)
+            bound.see_maps(self._step, layer, call.grid, *(m.detach() for m in maps))
+        if edit is None:
+            return call(q, k, v)
+        edit = CrossEdit(*(None if part is None else usable(part) for part in (edit.matrix, edit.own)))
+        return attend.cross_attention(q, k, v, edited, edit, source, call.plain, call if call.patched else None)
+
+    def _feature(self, block: Layer, h, call: NetworkCall):
+        if self._untouched(call):
+            return h
+        features, out = self.plan.at(self._step).features, h
+        for c, part in enumerate(call.parts):
+            for branch in features.get((block.key, UNCOND if part else COND), ()):
+                out = h.clone() if out is h else out
+                out[c * self.batch : (c + 1) * self.batch] = self._fetch("feature", block, h, branch, "h")
+        return out
+
+
+class CondFirst:
+    """A `sampler_calc_cond_batch_function` that evaluates the positive before the rest, whose edits read its maps.
+
+    Args:
+        previous: another pack's function, or None.
+    """
+
+    def __init__(self, previous):
+        self.previous = previous
+
+    def __call__(self, args):
+        conds, call = args["conds"], self.previous or _evaluate
+        first = call(args | {"conds": [conds[0], *[None] * (len(conds) - 1)]})
+        if all(c is None for c in conds[1:]):
+            return first
+        rest = call(args | {"conds": [None, *conds[1:]]})
+        return [first[0], *rest[1:]]
+
+
+def _evaluate(args):
+    return comfy.samplers.calc_cond_batch(
+        args["model"], args["conds"], args["input"], args["sigma"], args["model_options"]
+    )

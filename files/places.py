@@ -1,0 +1,111 @@
+"""Where files lie: names within ComfyUI's own input and output folders, and nothing outside of them."""
+
+import os
+import re
+import time
+
+import folder_paths
+
+from .file_kind import FileKind
+
+DEPTH = 5  # folders below input or output in which files are looked for
+
+
+def inside(folder, path):
+    """Whether a path lies in a folder, links followed."""
+    folder, path = os.path.realpath(folder), os.path.realpath(path)
+    try:
+        return os.path.commonpath((folder, path)) == folder
+    except ValueError:  # different drives
+        return False
+
+
+def relative(name, what):
+    """A file name or prefix as a relative path with `/`.
+
+    Raises:
+        ValueError: absolute, with a drive, or with a step up; `what` names it in the sentence.
+    """
+    parts = re.split(r"[/\\]", name)
+    if not name.strip() or os.path.isabs(name) or not parts[0] or ".." in parts or ":" in name or not name.isprintable():
+        raise ValueError(f"{what} {name[:80]!r} is not a plain name inside of ComfyUI's own folders: use letters, digits "
+                         "and '/' for subfolders.")
+    return "/".join(parts)
+
+
+def path_of(file):
+    """The path of a file by its name in the picker, "name" or "name [output]".
+
+    Raises:
+        ValueError: it is not in ComfyUI's input or output folder, or not there at all.
+    """
+    name, _, kind = file.rpartition(" [") if file.endswith((" [input]", " [output]")) else (file, "", "input]")
+    folder = folder_paths.get_directory_by_type(kind.rstrip("]"))
+    path = os.path.join(folder, *relative(name, "The file").split("/"))
+    if not inside(folder, path):
+        raise ValueError(f"'{name}' is a link that leads out of ComfyUI's {kind.rstrip(']')} folder: copy the file there.")
+    if not os.path.isfile(path):
+        raise ValueError(
+            f"There is no '{name}' in ComfyUI's {kind.rstrip(']')} folder. Press R to refresh the list, and choose again."
+        )
+    return os.path.realpath(path)
+
+
+def found(file_kind: FileKind) -> list[str]:
+    """Names of all files of a `FileKind` in the output and input folders, newest first."""
+    files = []
+    for kind in ("output", "input"):
+        folder = folder_paths.get_directory_by_type(kind)
+        for path in _walk(folder, DEPTH):
+            name = os.path.relpath(path, folder).replace(os.sep, "/")
+            if inside(folder, path) and file_kind.matches(path):
+                files.append((os.stat(path).st_mtime_ns, name if kind == "input" else f"{name} [{kind}]"))
+    return [name for _, name in sorted(files, reverse=True)]
+
+
+def _walk(folder, depth):
+    """Paths of the .safetensors files in a folder and those below it; links to folders are not followed."""
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.endswith(".safetensors") and entry.is_file():
+                    yield entry.path
+                elif depth and entry.is_dir(follow_symlinks=False):
+                    yield from _walk(entry.path, depth - 1)
+    except OSError:  # removed meanwhile, or not ours to read
+        return
+
+
+def with_date(prefix, now=None):
+    """`%date%` and `%date:yyyy-MM-dd hh-mm-ss%` filled in, as ComfyUI's frontend does for its own save nodes."""
+    now = now or time.localtime()
+    codes = {"yyyy": "%Y", "yy": "%y", "MM": "%m", "dd": "%d", "hh": "%H", "mm": "%M", "ss": "%S"}
+    return re.sub(
+        "%date(?::([^%]*))?%",
+        lambda m: re.sub("|".join(codes), lambda c: time.strftime(codes[c[0]], now), m[1] or "yyyy-MM-dd"),
+        prefix,
+    )
+
+
+def new_file(prefix, suffix, width=0, height=0):
+    """A file to write in the output folder: (path, name, subfolder).
+
+    Args:
+        prefix: a `filename_prefix` as people write it; a number is added.
+        width, height: for %width% and %height%.
+
+    Raises:
+        ValueError: it leads out of the folder.
+        OSError: the subfolder cannot be made.
+    """
+    prefix, output = relative(with_date(prefix), "The prefix"), folder_paths.get_output_directory()
+    if not inside(output, os.path.join(output, os.path.dirname(prefix))):
+        raise ValueError(f"The prefix '{prefix}' follows a link out of ComfyUI's output folder: choose another.")
+    folder, name, count, subfolder, _ = folder_paths.get_save_image_path(prefix, output, width, height)
+    name = f"{name}_{count:05}_{suffix}"
+    return os.path.join(folder, name), name, subfolder
+
+
+def size_of(path):
+    size = os.path.getsize(path)
+    return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"

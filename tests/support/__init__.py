@@ -1,0 +1,1 @@
+"""Models, prompts, paths and servers that tests work with."""

@@ -1,0 +1,78 @@
+"""Runs things in what `setup.py` made: Python, and a ComfyUI server. Standard library only; dev.py alone imports it."""
+import contextlib
+import os
+import socket
+import subprocess
+import tempfile
+import time
+import urllib.request
+
+from .setup import ROOT, Stop, log_since, say, stop_process
+
+
+def run_inside(home, *command):
+    """Run Python inside the set-up, with the screen as it is; its exit code."""
+    environment = dict(os.environ, COMFYUI_PATH=str(home.comfyui), PYTHONUNBUFFERED="1")
+    return subprocess.call([str(part) for part in (home.python, *command)], cwd=ROOT, env=environment)
+
+
+def free_port(wanted=0):
+    with socket.socket() as probe:
+        if os.name != "nt":  # a server that has just ended must not count as there; on Windows this means another thing
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", wanted))
+        except OSError:
+            return free_port()
+        return probe.getsockname()[1]
+
+
+def has_gpu(python):
+    ask = ("import torch; print(torch.cuda.is_available() or torch.backends.mps.is_available()"
+           " or hasattr(torch, 'xpu') and torch.xpu.is_available())")
+    answer = subprocess.run([str(python), "-c", ask], check=False, capture_output=True, text=True)
+    return answer.stdout.strip() == "True"
+
+
+@contextlib.contextmanager
+def start_server(home, *arguments, port=None, log=None):
+    """A ComfyUI server with the pack, while the `with` block runs: (url, process). Output goes to `log`, or the screen.
+
+    The database stays in memory and each server has a temporary folder of its own, so that several can run.
+    """
+    port = port or free_port()
+    if "--cpu" not in arguments and not has_gpu(home.python):
+        say("torch finds no GPU here that it can use: ComfyUI runs on the CPU.")
+        arguments = ("--cpu", *arguments)
+    with contextlib.ExitStack() as stack:
+        scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="ledits-", ignore_cleanup_errors=True))
+        output = stack.enter_context(open(log, "wb")) if log else None
+        process = subprocess.Popen(
+            [str(home.python), "-u", "main.py", "--base-directory", str(home.base), "--temp-directory", scratch,
+             "--database-url", "sqlite:///:memory:", "--port", str(port), *arguments],
+            cwd=home.comfyui, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT if log else None)
+        stack.callback(stop_process, process)
+        url = f"http://127.0.0.1:{port}"
+        wait_for(url, process, log)
+        yield url, process
+
+
+def wait_for(url, process, log, seconds=600):
+    """Until the server answers. A proxy of the environment must not come between."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if process.poll() is not None:
+            raise Stop(f"ComfyUI ended while starting (exit code {process.returncode})" + tail(log))
+        try:
+            with opener.open(url + "/system_stats", timeout=5):
+                return
+        except OSError:
+            time.sleep(0.2)
+    raise Stop(f"ComfyUI did not answer at {url} within {seconds} seconds" + tail(log))
+
+
+def tail(log):
+    if not log:
+        return "; its last words are above."
+    return f"; the end of {log}:\n" + "\n".join(log_since(0, log).splitlines()[-15:])
