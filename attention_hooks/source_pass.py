@@ -2,7 +2,6 @@
 
 import math
 
-import comfy.conds
 import comfy.model_management
 import comfy.patcher_extension
 import comfy.sampler_helpers
@@ -13,6 +12,7 @@ from einops import rearrange
 
 from .backbones.unet import AttentionCall, NetworkCall, UNet
 from .blocks import Layer
+from .conditioning import equal_but, everywhere, plain, same_words
 from .edits import NEGATIVE, SOURCE, VALUE_PRESCRIBED, Slot, SourcePath
 from .plan import Plan
 from .store import AttentionStore, Origin, fingerprint
@@ -34,7 +34,7 @@ def source_conditioning(controls):
     given = [c.source_conditioning for c in controls if c.source_conditioning is not None]
     if not given:
         return None
-    if any(not _same_words(given[0], other) for other in given[1:]):
+    if any(not same_words(given[0], other) for other in given[1:]):
         raise ValueError(
             "The chained attention controls were given different source prompts. Connect the same one to all of them."
         )
@@ -45,15 +45,6 @@ def source_conditioning(controls):
         )
     embedding, more = given[0][0]
     return [[embedding, {k: v for k, v in more.items() if k not in _LIMITS}]]
-
-
-def _same_words(a, b):
-    def equal(x, y):
-        return x is y or (x is not None and y is not None and x.shape == y.shape and torch.equal(x, y))
-
-    return a is b or len(a) == len(b) and all(
-        equal(x[0], y[0]) and equal(x[1].get("pooled_output"), y[1].get("pooled_output")) for x, y in zip(a, b)
-    )
 
 
 def check_caches(options: dict):
@@ -109,7 +100,7 @@ class SourcePass:
         conds = {"positive": comfy.sampler_helpers.convert_cond(source)}
         noise = torch.zeros(self.path.latents.shape[1:], device=self.setting.device)
         conds = comfy.samplers.process_conds(self.model, noise, conds, self.setting.device, latent_image, denoise_mask)
-        entry = _plain(conds["positive"][0])
+        entry = plain(conds["positive"][0])
         marked = [c for c in self.guider.conds.get("positive") or [] if VALUE_PRESCRIBED in c]
         if marked:  # what the inversion prescribes for the positive's values is meant for the source as well
             entry["uuid"] = marked[0]["uuid"]
@@ -119,13 +110,13 @@ class SourcePass:
         """The encoded conditioning that is evaluated for a branch."""
         if branch in self.entries:
             return self.entries[branch]
-        negative = [c for c in self.guider.conds.get("negative") or [] if "area" not in c]
+        negative = [c for c in self.guider.conds.get("negative") or [] if everywhere(c, self.setting.size)]
         if not negative:
             raise ValueError(
                 "This attention control needs a negative conditioning over the whole picture: use the LEDITS Guider, "
                 "or connect a source prompt to the control."
             )
-        return _plain(negative[0])
+        return plain(negative[0])
 
     def _branches_equal(self):
         """Whether the source prompt is the negative: then one evaluation serves as both."""
@@ -133,8 +124,7 @@ class SourcePass:
             return False
         if not self.guider.conds.get("negative"):
             return False
-        a, b = (self.entry(branch)["model_conds"] for branch in (SOURCE, NEGATIVE))
-        return a.keys() == b.keys() and all(comfy.conds.is_equal(a[k].cond, b[k].cond) for k in a)
+        return equal_but(*(self.entry(branch)["model_conds"] for branch in (SOURCE, NEGATIVE)))
 
     def slot(self, slot: Slot) -> Slot:
         """Where a tensor is kept: of two equal branches one is evaluated for both."""
@@ -330,7 +320,3 @@ def _fits(has, wanted, slot):
         return len(has) == 4 and has[:2] == wanted[:2]
     same = len(has) == 3 and (has[0], has[2]) == (wanted[0], wanted[2])
     return same and (slot.name != "k" or slot.site == "attn1" or has == wanted)
-
-
-def _plain(entry):
-    return {"model_conds": entry["model_conds"], "uuid": entry["uuid"]}

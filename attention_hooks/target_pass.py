@@ -9,6 +9,7 @@ from comfy.samplers import CFGGuider
 from . import attend
 from .backbones.unet import AttentionCall, NetworkCall, UNet
 from .blocks import Layer
+from .conditioning import everywhere
 from .edits import BRANCHES_DIFFER, COND, SOURCE, UNCOND, Comparison, CrossEdit, Slot
 from .plan import Plan
 from .source_pass import SourcePass, usable
@@ -37,7 +38,7 @@ class TargetPass:
     def _target_entries(self):
         """uuids of the positive's entries whose cross-attention is edited by words."""
         given = self.guider.conds.get("positive") or []
-        positive = [c for c in given if self._everywhere(c)]
+        positive = [c for c in given if everywhere(c, self.size)]
         if given and not positive:
             raise ValueError(
                 "The positive conditioning is limited to an area, and attention control acts on the whole picture. Use "
@@ -70,16 +71,11 @@ class TargetPass:
             if comparison is None:
                 continue
             tokens = self.source.words(comparison.source).shape[1]
-            whole = [c for c in self.guider.conds.get("positive") or [] if self._everywhere(c) and "default" not in c]
+            whole = [c for c in self.guider.conds.get("positive") or [] if everywhere(c, self.size) and "default" not in c]
             lengths = {c["uuid"]: c["model_conds"]["c_crossattn"].cond.shape[1] for c in whole}
             bound.check_lengths(tokens, set(lengths.values()))
             compared |= {uuid: length for uuid, length in lengths.items() if length == tokens}
         return set(compared)
-
-    def _everywhere(self, entry):
-        """Whether an encoded conditioning entry is for the whole picture; areas are (height, width, y, x)."""
-        area = entry.get("area")
-        return area is None or (not any(area[2:]) and area[0] >= self.size[0] and area[1] >= self.size[1])
 
     def begin(self, step: int) -> dict:
         """`model_options` for the model's calls at an executed step."""

@@ -2,10 +2,9 @@
 
 import math
 
-import comfy.conds
 import comfy.samplers
-import torch
 
+from ..attention_hooks.conditioning import equal_but, in_range
 from ..attention_hooks.edits import BRANCHES_DIFFER
 from .methods.sega import Sega
 from .methods.shapes import append_dims
@@ -18,31 +17,9 @@ _NOT_COMPARED = ("model_conds", "cross_attn", "pooled_output", "uuid")
 
 def one_serves_both(a: list[dict], b: list[dict]) -> bool:
     """Whether two encoded conditionings (`CFGGuider.conds[...]`) ask the same of the model."""
-
-    def equal(x, y):
-        if x is y:
-            return True
-        if isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor):
-            return x.shape == y.shape and x.dtype == y.dtype and torch.equal(x, y)
-        if isinstance(x, comfy.conds.CONDRegular):
-            return type(x) is type(y) and equal(x.cond, y.cond)
-        if isinstance(x, (list, tuple)):
-            return type(x) is type(y) and len(x) == len(y) and all(map(equal, x, y))
-        return type(x) is type(y) and isinstance(x, (str, int, float, bool, type(None))) and x == y
-
-    def same(x, y, ignored=()):
-        x, y = ({k: v for k, v in entry.items() if k not in ignored} for entry in (x, y))
-        return x.keys() == y.keys() and all(equal(v, y[k]) for k, v in x.items())
-
     return len(a) == len(b) and all(
-        same(x["model_conds"], y["model_conds"]) and same(x, y, _NOT_COMPARED) for x, y in zip(a, b)
+        equal_but(x["model_conds"], y["model_conds"]) and equal_but(x, y, _NOT_COMPARED) for x, y in zip(a, b)
     )
-
-
-def in_range(entry: dict, level) -> bool:
-    """Whether an encoded conditioning entry is evaluated at a noise level (ConditioningSetTimestepRange)."""
-    early = "timestep_start" in entry and level > entry["timestep_start"]
-    return not (early or ("timestep_end" in entry and level < entry["timestep_end"]))
 
 
 class LeditsGuider(comfy.samplers.CFGGuider):

@@ -15,8 +15,8 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, ResBlock
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from comfy.samplers import CFGGuider
 
+from ..attention_hooks.conditioning import in_range
 from .gradients import checkpointed, torch_attention
-from .guider import in_range
 from .methods.fit import scaled_gradient
 
 # Gradients are small for a float16 network; powers of two change nothing in float32.

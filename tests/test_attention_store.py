@@ -292,3 +292,14 @@ def test_blocks_of_sd_and_sdxl_by_name():
         for wrong in ("output.40", "output.3-40", "@1/16", "outputs", "input.4.50", "6"):
             with pytest.raises(ValueError):
                 chosen(wrong)
+
+
+def test_a_negative_over_the_whole_picture_may_say_so_by_its_area():
+    """As a positive may: the area of Conditioning (Set Area) that covers everything limits nothing."""
+    model, words = tiny.model(), editing.prompts("sd1", "a cat sits", "a dog sits")
+    path, negative = editing.path(model, 4), editing.negative("sd1")
+    whole = [[negative[0][0], {**negative[0][1], "area": (16, 16, 0, 0), "strength": 1.0}]]
+    control = [PlugAndPlay(feature_blocks="output.1.0", attention_blocks="output.1-")]
+    plain, _ = editing.run(model, path, words.target, negative, 7.5, control)
+    covered, _ = editing.run(model, path, words.target, whole, 7.5, control)
+    assert torch.allclose(plain, covered, atol=1e-5)

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 
 from ...evaluation.metrics import METRICS
+from ...evaluation.table import mean_of
 from .. import contact_sheet
 from . import piebench
 from .runner_work import TRUTH
@@ -57,9 +58,8 @@ def value(row, column):
 
 
 def mean(rows, column):
-    """Mean over the lines that have a value, as the published evaluation takes it; nan where none has."""
-    found = [v for row in rows if not math.isnan(v := value(row, column))]
-    return sum(found) / len(found) if found else math.nan
+    """Mean over the lines that have a value; nan where none has."""
+    return mean_of(value(row, column) for row in rows)
 
 
 def table(rows, chosen, every=False):
