@@ -127,9 +127,11 @@ def test_an_interrupted_run_shows_nothing():
 def test_a_kept_store_serves_the_recording():
     model = tiny.model()
     path, words, empty = editing.path(model, 4), editing.prompts("sd1", SOURCE, TARGET), editing.negative("sd1")
-    attention = RecordAttention.execute(words, attention=(PromptToPrompt(prompts=words, cross=(0, 0.5)),)).args[0]
+    attention = RecordAttention.execute(prompts=words, attention=(PromptToPrompt(prompts=words, cross=(0,
+        0.5)),)).args[0]
     with torch.inference_mode():
-        store, = capture_attention.CaptureAttention.execute(model, empty, path, attention, 0, "float32").args
+        store, = capture_attention.CaptureAttention.execute(model=model, negative=empty, inversion=path,
+            attention=attention, skip=0, precision="float32").args
     live, kept = LeditsSampler(path, attention=attention), LeditsSampler(path, attention=attention, store=store)
     for sampler in (live, kept):
         _, guider = run(model, path, words, empty, sampler)
@@ -145,8 +147,9 @@ def test_the_blend_mask_is_where_the_picture_changed():
     path, words, empty = editing.path(model, 6, 2, 24, 16), editing.prompts("sd1", SOURCE, TARGET), editing.negative("sd1")
     control = PromptToPrompt(prompts=words, blend=LocalBlend(words=("cat", "dog"), blocks="@1/2", threshold=0.9))
     with torch.inference_mode():
-        latent = sampling.LeditsKSampler.execute(model, words.target, empty, path, 7.5, 0, attention=(control,)).args[0]
-        picture, mask, *none = PreviewAttention.execute(latent, "", "average").args
+        latent = sampling.LeditsKSampler.execute(model=model, positive=words.target, negative=empty, inversion=path,
+            cfg=7.5, skip=0, attention=(control,)).args[0]
+        picture, mask, *none = PreviewAttention.execute(latent=latent, words="", view="average").args
     changed = (latent["samples"] - path.latent_format.process_out(path.latents[-1])).abs().amax(1) > 1e-4
     assert 0.02 < changed.float().mean() < 0.98
     assert torch.equal(mask, changed.float().repeat_interleave(8, 1).repeat_interleave(8, 2))
@@ -171,7 +174,7 @@ def test_masactrl_s_masks_are_those_of_the_maps():
     assert len(seen) == 2
     latent = {"samples": path.latent_format.process_out(out), sockets.SEEN: sampler.seen}
     with torch.inference_mode():
-        _, blend, *masks = PreviewAttention.execute(latent, "", "by step").args
+        _, blend, *masks = PreviewAttention.execute(latent=latent, words="", view="by step").args
     assert isinstance(blend, ExecutionBlocker) and "without local blend" in blend.message
     for side, places in enumerate(([2], [2, 3])):
         m = torch.stack([layer[1 + side][..., places].sum(-1).mean(1) for layer in seen]).mean(0)

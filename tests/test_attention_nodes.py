@@ -18,7 +18,7 @@ NODES = {"p2p": attention.PromptToPromptNode, "p2plus": attention.P2PlusNode, "m
 
 @pytest.fixture(scope="module")
 def words():
-    return edit_prompts.EditPrompts.execute(editing.clip(), SOURCE, TARGET).args
+    return edit_prompts.EditPrompts.execute(clip=editing.clip(), source=SOURCE, target=TARGET).args
 
 
 def defaults(node):
@@ -68,10 +68,13 @@ def test_the_sampler_nodes_and_the_store_agree(words, name):
     path, empty = editing.path(model, 5), editing.negative("sd1")
     control, = NODES[name].execute(prompts=words[2], **defaults(NODES[name])[1] | SCENE[name]).args
     with torch.inference_mode():
-        one = sampling.LeditsKSampler.execute(model, words[1], empty, path, 7.5, 1, attention=control)
-        store, = capture_attention.CaptureAttention.execute(model, empty, path, control, 1, "float32").args
-        two = sampling.LeditsKSampler.execute(model, words[1], empty, path, 7.5, 1, attention=control, store=store)
-        sampler, sigmas = sampling.LeditsSamplerNode.execute(path, 1, attention=control).args
+        one = sampling.LeditsKSampler.execute(model=model, positive=words[1], negative=empty, inversion=path,
+            cfg=7.5, skip=1, attention=control)
+        store, = capture_attention.CaptureAttention.execute(model=model, negative=empty, inversion=path,
+            attention=control, skip=1, precision="float32").args
+        two = sampling.LeditsKSampler.execute(model=model, positive=words[1], negative=empty, inversion=path,
+            cfg=7.5, skip=1, attention=control, store=store)
+        sampler, sigmas = sampling.LeditsSamplerNode.execute(inversion=path, skip=1, attention=control).args
         guider = comfy.samplers.CFGGuider(editing.split(model))
         guider.set_conds(words[1], empty)
         guider.set_cfg(7.5)

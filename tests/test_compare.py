@@ -30,7 +30,7 @@ def connected(images):
 
 
 def sheet(images, labels="", columns=0, size=0):
-    (page,) = Sheet.execute(connected(images), labels, columns, size).result
+    (page,) = Sheet.execute(images=connected(images), labels=labels, columns=columns, size=size).result
     assert page.shape[0] == 1 and page.dtype == torch.float32 and 0 <= page.min() and page.max() <= 1
     return page[0]
 
@@ -63,7 +63,7 @@ def test_pictures_are_copied_in_order_row_by_row():
 def test_sockets_are_ordered_by_number():
     images = pictures(*[(8, 8)] * 12)
     shuffled = dict(reversed(connected(images).items()))
-    (page,) = Sheet.execute(shuffled, "", 0).result
+    (page,) = Sheet.execute(images=shuffled, labels="", columns=0).result
     places = [place(page[0], image[0]) for image in images]
     assert places == sorted(places) and len({x for _, x in places}) == 12
 
@@ -129,7 +129,7 @@ def test_sizes():
 )
 def test_what_a_sheet_refuses(images, labels, sentence):
     with pytest.raises(ValueError, match=sentence):
-        Sheet.execute(images, labels, 0)
+        Sheet.execute(images=images, labels=labels, columns=0)
 
 
 # --- the sweep ------------------------------------------------------------------------------------------------------
@@ -147,12 +147,14 @@ def inverted(batch=1):
 
 
 def sweep(inversion, skips, scales, **more):
-    return Sweep.execute(model(), tiny.conditioning(seed=3), tiny.conditioning(seed=2), inversion, Decoder(), skips,
-                         scales, **more)
+    return Sweep.execute(model=model(), positive=tiny.conditioning(seed=3), negative=tiny.conditioning(seed=2),
+        inversion=inversion, vae=Decoder(), skip_values=skips,
+                         cfg_values=scales, **more)
 
 
 def single(inversion, skip, cfg, **more):
-    return LeditsKSampler.execute(model(), tiny.conditioning(seed=3), tiny.conditioning(seed=2), inversion, cfg, skip,
+    return LeditsKSampler.execute(model=model(), positive=tiny.conditioning(seed=3),
+        negative=tiny.conditioning(seed=2), inversion=inversion, cfg=cfg, skip=skip,
                                   **more)[0]["samples"]
 
 
@@ -208,12 +210,14 @@ def test_a_kept_store_serves_every_cell_or_is_refused_first():
     control = (PlugAndPlay(),)
 
     def captured(**more):
-        return CaptureAttention.execute(model(), pair[1], inversion, control, 0, "float32", **more)[0]
+        return CaptureAttention.execute(model=model(), negative=pair[1], inversion=inversion, attention=control,
+            skip=0, precision="float32", **more)[0]
 
     whole = sweep(inversion, "0, 3", "1, 4", attention=control, store=captured(all_steps=True))[1]["samples"]
     live = sweep(inversion, "0, 3", "1, 4", attention=control)[1]["samples"]
     torch.testing.assert_close(whole, live, rtol=0, atol=1e-4)
-    later = CaptureAttention.execute(model(), pair[1], inversion, control, 3, "float32")[0]
+    later = CaptureAttention.execute(model=model(), negative=pair[1], inversion=inversion, attention=control, skip=3,
+        precision="float32")[0]
     with tiny.Calls(model()) as calls, pytest.raises(ValueError, match="does not hold what this edit reads"):
         sweep(inversion, "3, 0", "1, 4", attention=control, store=later)  # the first row alone would be fine
     assert calls.rows == 0
@@ -253,8 +257,10 @@ def test_the_demo_vae_decodes_a_sweep():
     demo, clip, vae = loader.load()
     words = clip.encode_from_tokens_scheduled(clip.tokenize("a red star"))
     latent = {"samples": vae.encode(torch.rand(1, 128, 128, 3))}
-    inversion = EditFriendlyInversion.execute(demo, words, words, latent, 1.0, 2, "ddim_uniform", 1.0, 0)[0]
-    page, latents = Sweep.execute(demo, words, words, inversion, vae, "0", "1", size=64).result
+    inversion = EditFriendlyInversion.execute(model=demo, positive=words, negative=words, latent=latent, cfg=1.0,
+        steps=2, scheduler="ddim_uniform", eta=1.0, seed=0)[0]
+    page, latents = Sweep.execute(model=demo, positive=words, negative=words, inversion=inversion, vae=vae,
+        skip_values="0", cfg_values="1", size=64).result
     assert latents["samples"].shape == latent["samples"].shape
     assert isinstance(inversion.latent_format, comfy.latent_formats.LatentFormat)
     assert page.shape[0] == 1 and page.shape[1] > 64

@@ -133,7 +133,8 @@ class Editor(DemoNodes):
             inversion = invert.execute(self.model, *pair, latent, *levels, how)[0]
             attention = controls and controls(prompts, tasks[members[0]])
             edited = LeditsKSampler.execute(
-                self.model, prompts.target, pair[1], inversion, cfg, skip, attention=attention
+                model=self.model, positive=prompts.target, negative=pair[1], inversion=inversion, cfg=cfg, skip=skip,
+                    attention=attention
             )[0]["samples"]
             for i, picture in zip(members, self.decode(edited)):
                 out[i] = picture
@@ -223,7 +224,8 @@ def test_masactrl_moves_an_object_that_stays_the_same(editor):
 
     def masactrl(prompts, task):
         kind = task.scene.things[0].kind
-        return MasaCtrlNode.execute(0.08, prompts=prompts, source=prompts.source, source_words=kind, target_words=kind)[0]
+        return MasaCtrlNode.execute(start_step=0.08, prompts=prompts, source=prompts.source, source_words=kind,
+            target_words=kind)[0]
 
     found = {}
     for name, controls in (("without", None), ("MasaCtrl", masactrl)):
@@ -244,7 +246,8 @@ def test_plug_and_play_keeps_the_layout(editor):
     found = {}
     for name, controls in (
         ("without", None),
-        ("Plug-and-Play", lambda prompts, task: PlugAndPlayNode.execute(0.8, 0.5, prompts, prompts.source)[0]),
+        ("Plug-and-Play", lambda prompts, task: PlugAndPlayNode.execute(pnp_f_t=0.8, pnp_attn_t=0.5, prompts=prompts,
+            source=prompts.source)[0]),
     ):
         overlap, ground = [], []
         for task, edited in zip(asked, editor.run(asked, controls)):

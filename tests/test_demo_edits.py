@@ -75,7 +75,8 @@ class Editor(DemoNodes):
         if key not in self._inversions:
             latent = self.encode([t.picture for t in tasks])
             self._inversions[key] = EditFriendlyInversion.execute(
-                self.model, self.prompts(sources), self.prompts([""]), latent, 1.0, STEPS, "ddim_uniform", 1.0, number
+                model=self.model, positive=self.prompts(sources), negative=self.prompts([""]), latent=latent,
+                    cfg=1.0, steps=STEPS, scheduler="ddim_uniform", eta=1.0, seed=number
             ).result[0]
         return self._inversions[key]
 
@@ -90,13 +91,13 @@ class Editor(DemoNodes):
                 words = self.prompts([concept(t) for t in group])
                 concepts = SemanticConcept.execute(prompt="", conditioning=words, **CONCEPT | settings).result[0]
             latent = LeditsKSampler.execute(
-                self.model,
-                self.prompts([positive(t) for t in group]),
-                self.prompts([""]),
-                inversion,
-                cfg,
-                skip,
-                concepts,
+                model=self.model,
+                positive=self.prompts([positive(t) for t in group]),
+                negative=self.prompts([""]),
+                inversion=inversion,
+                cfg=cfg,
+                skip=skip,
+                concepts=concepts,
             ).result[0]
             edited += self.decode(latent["samples"])
         return edited

@@ -17,7 +17,8 @@ def test_the_edit_direction_is_the_difference_of_means(kind):
     conditioning = editing.negative(kind, "a cat on a sofa")
     given = [[words.clone(), {**more, "strength": 0.5}] for words, more in conditioning]
     for strength in (1.0, -0.5):
-        out, = EditDirection.execute(clip, given, "\n".join(cats) + "\n\n", "\n".join(dogs), strength).args
+        out, = EditDirection.execute(clip=clip, conditioning=given, source_sentences="\n".join(cats) + "\n\n",
+            target_sentences="\n".join(dogs), strength=strength).args
         for part, own in enumerate((given[0][0], given[0][1]["pooled_output"])):
             mean = [sum(encoded(clip, text)[part] for text in texts) / len(texts) for texts in (cats, dogs)]
             expected = own + strength * (mean[1] - mean[0])
@@ -35,12 +36,14 @@ def test_directions_and_prompts_of_different_lengths():
     assert both.shape[1] == 154
     for tokens, own in prompts.items():
         # all sentences have two chunks: both count as far as the prompt has them
-        out, = EditDirection.execute(clip, own, long.replace("cat", "dog"), long, 1.0).args
+        out, = EditDirection.execute(clip=clip, conditioning=own, source_sentences=long.replace("cat", "dog"),
+            target_sentences=long, strength=1.0).args
         n = min(tokens, 154)
         assert (out[0][0][:, :n] - own[0][0][:, :n] - both[:, :n]).abs().max() < 1e-5
         assert torch.equal(out[0][0][:, n:], own[0][0][:, n:])
         # one sentence of one chunk: the others are cut to it
-        out, = EditDirection.execute(clip, own, short, f"{long}\n{short}", 1.0).args
+        out, = EditDirection.execute(clip=clip, conditioning=own, source_sentences=short,
+            target_sentences=f"{long}\n{short}", strength=1.0).args
         half = (encoded(clip, long)[0][:, :77] - encoded(clip, short)[0]) / 2
         assert (out[0][0][:, :77] - own[0][0][:, :77] - half).abs().max() < 1e-5
         assert torch.equal(out[0][0][:, 77:], own[0][0][:, 77:])
@@ -49,6 +52,8 @@ def test_directions_and_prompts_of_different_lengths():
 def test_wrong_directions_are_refused():
     clip = editing.clip()
     with pytest.raises(ValueError, match="at least one"):
-        EditDirection.execute(clip, tiny.conditioning(), "a cat", " \n", 1.0)
+        EditDirection.execute(clip=clip, conditioning=tiny.conditioning(), source_sentences="a cat",
+            target_sentences=" \n", strength=1.0)
     with pytest.raises(ValueError, match="another text encoder"):
-        EditDirection.execute(clip, [[torch.zeros(1, 77, 64), {}]], "a cat", "a dog", 1.0)
+        EditDirection.execute(clip=clip, conditioning=[[torch.zeros(1, 77, 64), {}]], source_sentences="a cat",
+            target_sentences="a dog", strength=1.0)

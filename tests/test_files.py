@@ -45,8 +45,8 @@ def test_an_edit_after_a_file_is_the_same_bit_for_bit(folders, kind):
     inversion = inverted(kind)
     words = torch.randn(4, 2, 77, tiny.CONTEXT, generator=torch.Generator().manual_seed(8))
     inversion = dataclasses.replace(inversion, overrides={"negative": words})
-    SaveInversion.execute(inversion, "a/b", "float32")
-    back = LoadInversion.execute("a/b_00001_.ledits.safetensors [output]")[0]
+    SaveInversion.execute(inversion=inversion, filename_prefix="a/b", dtype="float32")
+    back = LoadInversion.execute(file="a/b_00001_.ledits.safetensors [output]")[0]
     assert torch.equal(edit(kind, back), edit(kind, inversion))
     assert not torch.equal(edit(kind, back), edit(kind, inverted(kind)))  # the embeddings do something
 
@@ -54,10 +54,10 @@ def test_an_edit_after_a_file_is_the_same_bit_for_bit(folders, kind):
 def test_the_node_says_what_float16_costs(folders):
     made, _ = record()
     cost = saved(folders[1] / "x", made, half=True)[1]  # compared with the true errors in test_inversion_file.py
-    text = SaveInversion.execute(made, "x", "float16").ui["text"][0]
+    text = SaveInversion.execute(inversion=made, filename_prefix="x", dtype="float16").ui["text"][0]
     for part in ("path", "noise_maps", "picture"):
         assert f"up to {cost[part]['abs']:.2g} ({100 * cost[part]['rel']:.2g} %)" in text
-    assert "error" not in SaveInversion.execute(made, "x", "float32").ui["text"][0]
+    assert "error" not in SaveInversion.execute(inversion=made, filename_prefix="x", dtype="float32").ui["text"][0]
 
 
 def test_a_refusal_before_the_workflow_runs(folders, raw):
@@ -66,7 +66,7 @@ def test_a_refusal_before_the_workflow_runs(folders, raw):
     (folders[1] / "x.safetensors").write_bytes(raw[:-1])
     assert "cut off" in LoadInversion.validate_inputs("x.safetensors")
     with pytest.raises(ValueError, match="cut off"):
-        LoadInversion.execute("x.safetensors")
+        LoadInversion.execute(file="x.safetensors")
 
 
 # --- names ----------------------------------------------------------------------------------------------------------
@@ -91,7 +91,7 @@ def test_nothing_outside_of_the_folders_is_loaded(folders, raw, tmp_path, name):
     told = LoadInversion.validate_inputs(name)
     assert isinstance(told, str) and told.endswith(".")
     with pytest.raises(ValueError):
-        LoadInversion.execute(name)
+        LoadInversion.execute(file=name)
     assert places.found(inversion_file.KIND) == []
 
 
@@ -105,7 +105,7 @@ def test_nothing_is_saved_outside_of_the_output_folder(folders, tmp_path, prefix
         pytest.skip("links cannot be made here")
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(ValueError):
-        SaveInversion.execute(record()[0], prefix.format(outside=outside), "float32")
+        SaveInversion.execute(inversion=record()[0], filename_prefix=prefix.format(outside=outside), dtype="float32")
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -116,7 +116,7 @@ def test_names_are_counted_and_dated(folders):
         ("p", "p_00001_"), ("p", "p_00002_"), ("q/p", "q/p_00001_"), ("p_%width%x%height%", "p_8x8_00001_"),
         ("%year%/p", f"{now.tm_year}/p_00001_"), ("%date:yyyy%/r", f"{now.tm_year}/r_00001_"),
     ]:
-        result = SaveInversion.execute(made, prefix, "float32")
+        result = SaveInversion.execute(inversion=made, filename_prefix=prefix, dtype="float32")
         assert (folders[0] / (name + ".ledits.safetensors")).is_file()
         assert result.ui["text"][0].startswith(name + ".ledits.safetensors\n")
         file = result.ui["inversions"][0]
@@ -127,7 +127,7 @@ def test_names_are_counted_and_dated(folders):
 
 def test_the_picker_lists_inversions_newest_first(folders, raw):
     out, into = folders
-    SaveInversion.execute(record()[0], "deep/er/one", "float32")
+    SaveInversion.execute(inversion=record()[0], filename_prefix="deep/er/one", dtype="float32")
     (into / "mine.safetensors").write_bytes(raw)
     (into / "lora.safetensors").write_bytes(safetensors.torch.save({"lora": torch.ones(4)}))
     (into / "notes.txt").write_bytes(raw)
@@ -147,12 +147,13 @@ def test_a_replaced_file_is_read_again(folders, raw):
 
 
 def test_a_prompt_is_noted(folders):
-    SaveInversion.execute(record()[0], "x", "float32", "a cat\non a mat")
-    inversion, x_T, prompt = LoadInversion.execute("x_00001_.ledits.safetensors [output]").result
+    SaveInversion.execute(inversion=record()[0], filename_prefix="x", dtype="float32", source_prompt="a cat\non a mat")
+    inversion, x_T, prompt = LoadInversion.execute(file="x_00001_.ledits.safetensors [output]").result
     assert prompt == "a cat\non a mat" == inversion.settings["source_prompt"]
     assert torch.equal(x_T["samples"], inversion.latents[0] / 0.18215)
     with pytest.raises(ValueError, match="shorten the prompt"):
-        SaveInversion.execute(record()[0], "y", "float32", "long " * 20000)
+        SaveInversion.execute(inversion=record()[0], filename_prefix="y", dtype="float32",
+            source_prompt="long " * 20000)
 
 
 def test_in_a_server(server_url):

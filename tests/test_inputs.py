@@ -37,7 +37,7 @@ def edit(inversion, kind="sd1", cfg=3.5, skip=0, prompt=SOURCE, pair=None, model
 def edit_in_parts(inversion, latent, sigmas=None, skip=0):
     """The edit by SamplerCustomAdvanced, where every part can be a wrong one."""
     guider = LeditsGuiderNode.execute(model("sd1"), *prompts("sd1", TARGET, EMPTY), 3.5)[0]
-    sampler, own = LeditsSamplerNode.execute(inversion, skip).result
+    sampler, own = LeditsSamplerNode.execute(inversion=inversion, skip=skip).result
     sigmas = own if sigmas is None else sigmas
     return SamplerCustomAdvanced.execute(DisableNoise.execute()[0], guider, sampler, sigmas, latent)[0]["samples"]
 
@@ -154,11 +154,12 @@ def test_a_concept_without_words_is_refused(refused, prompt):
 
 
 def test_parts_that_do_not_fit_are_not_packed(refused, inverted):
-    path, maps, sigmas = UnpackInversion.execute(inverted).result
-    refused(lambda: PackInversion.execute(inverted, path=maps), "path", "[9, 4, 8, 8]", "9 levels of 1 picture")
-    refused(lambda: PackInversion.execute(inverted, noise_maps=path), "noise_maps", "[8, 4, 8, 8]")
-    refused(lambda: PackInversion.execute(inverted, sigmas=sigmas[1:]), "8 levels", "has 9")
-    refused(lambda: PackInversion.execute(inverted, path={"samples": path["samples"] * float("nan")}), "NaN")
+    path, maps, sigmas = UnpackInversion.execute(inversion=inverted).result
+    refused(lambda: PackInversion.execute(inversion=inverted, path=maps), "path", "[9, 4, 8, 8]",
+        "9 levels of 1 picture")
+    refused(lambda: PackInversion.execute(inversion=inverted, noise_maps=path), "noise_maps", "[8, 4, 8, 8]")
+    refused(lambda: PackInversion.execute(inversion=inverted, sigmas=sigmas[1:]), "8 levels", "has 9")
+    refused(lambda: PackInversion.execute(inversion=inverted, path={"samples": path["samples"] * float("nan")}), "NaN")
 
 
 # --- unusual, and right ---------------------------------------------------------------------------------------------

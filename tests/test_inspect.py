@@ -118,7 +118,7 @@ def shown(result):
 @pytest.mark.parametrize("residuals", [True, False])
 def test_a_picture_for_each_picture(latent_format, residuals):
     made, _ = record(residuals=residuals, batch=2, size=8, latent_format=latent_format)
-    result = InspectInversion.execute(made)
+    result = InspectInversion.execute(inversion=made)
     picture, summary = result.result
     assert picture.dtype == torch.float32 and picture.shape[0] == 2 and picture.shape[3] == 3
     assert 0 <= picture.min() and picture.max() <= 1
@@ -134,7 +134,7 @@ def test_the_last_thumbnail_is_the_picture():
     flat = torch.tensor([1.0, -0.5, 0.3, 0.4]).view(1, 4, 1, 1).expand(1, 4, 16, 16)
     colour = [sum(float(flat[0, c, 0, 0]) * latent_format.latent_rgb_factors[c][k] for c in range(4)) for k in range(3)]
     colour = numpy.array([(c + 1) / 2 for c in colour])
-    picture = InspectInversion.execute(record(picture=flat, size=16)[0])[0][0].numpy()
+    picture = InspectInversion.execute(inversion=record(picture=flat, size=16)[0])[0][0].numpy()
     seen = numpy.abs(picture - colour).max(2) < 0.01
     rows, _ = seen.nonzero()
     assert seen[:, -150:-50].sum() > 2 * 100 * 100  # at the end of the path and of the predictions
@@ -147,11 +147,11 @@ def test_a_vae_decodes_truly_and_measures():
     vae = loader.load()[2]
     made, _ = record(batch=2, size=16, latent_format=DemoLatent())
     close = {"samples": made.latents[-1] + torch.tensor([0.01, 0.1]).view(2, 1, 1, 1)}
-    picture, summary = InspectInversion.execute(made, vae=vae, reconstruction=close).result
+    picture, summary = InspectInversion.execute(inversion=made, vae=vae, reconstruction=close).result
     a, b = (vae.decode(x).double().cpu().numpy() for x in (close["samples"], made.latents[-1]))
     for k in range(2):
         assert f"PSNR to picture {10 * math.log10(1 / ((a[k] - b[k]) ** 2).mean()):.1f} dB" in summary
-    plain, summary = InspectInversion.execute(made, reconstruction=close).result
+    plain, summary = InspectInversion.execute(inversion=made, reconstruction=close).result
     picture_rms = float(made.latents[-1][1].square().mean().sqrt())
     assert f"picture error {10 / picture_rms:.2g} %" in summary
     assert not torch.equal(plain, picture)
@@ -159,7 +159,7 @@ def test_a_vae_decodes_truly_and_measures():
 
 def test_a_reconstruction_of_another_size_is_refused():
     with pytest.raises(ValueError, match=r"\[1, 4, 8, 8\].*\[1, 4, 64, 64\].*connect the latent"):
-        InspectInversion.execute(record()[0], reconstruction={"samples": torch.zeros(1, 4, 8, 8)})
+        InspectInversion.execute(inversion=record()[0], reconstruction={"samples": torch.zeros(1, 4, 8, 8)})
 
 
 @pytest.mark.parametrize("settings", [{}, {"cfg": "x", "prompt": "y" * 5000, "deep": [{}]}])
@@ -167,4 +167,4 @@ def test_strange_settings_do_no_harm(settings):
     made, _ = record(size=8)
     made = Inversion(sigmas=made.sigmas[-2:], latents=made.latents[-2:], etas=made.etas[-1:], family="ve", model="m" * 400,
                      method="z" * 90, settings=settings, latent_format=made.latent_format)
-    assert InspectInversion.execute(made)[0].shape[3] == 3
+    assert InspectInversion.execute(inversion=made)[0].shape[3] == 3

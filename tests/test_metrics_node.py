@@ -38,7 +38,8 @@ def edits(batch=1, side=64):
 
 
 def execute(source, edited, mask=None, mode="plain", target="a cat", **more):
-    result = EditMetrics.execute(source, edited, mode, "a dog", target, mask=mask, **more)
+    result = EditMetrics.execute(source=source, edited=edited, mode=mode, source_prompt="a dog",
+        target_prompt=target, mask=mask, **more)
     return dict(zip([*NAMES, "table"], result.result)), result.ui
 
 

@@ -40,7 +40,8 @@ def edit(name):
 
 
 def capture(name):
-    return lambda model: CaptureAttention.execute(model, empty(), path(), tuple(attention(name)), 0)
+    return lambda model: CaptureAttention.execute(model=model, negative=empty(), inversion=path(),
+        attention=tuple(attention(name)), skip=0)
 
 
 def ddim(node, *more):

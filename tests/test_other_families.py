@@ -45,11 +45,13 @@ def other_family(name):
 @pytest.mark.parametrize("name", ["SD3", "Flux"])
 def test_flow_models_are_refused_by_inversion_edit_and_capture(name):
     model, latent, words = other_family(name)
-    runs = [lambda: EditFriendlyInversion.execute(model, words, words, latent, 1.0, 2, "simple", 1.0, 0)]
+    runs = [lambda: EditFriendlyInversion.execute(model=model, positive=words, negative=words, latent=latent,
+        cfg=1.0, steps=2, scheduler="simple", eta=1.0, seed=0)]
     parts = dataclasses.replace(scene(), model=model, positive=words, negative=words)
     for edit in CONTROLS:
         runs += [functools.partial(parts.edit, edit), functools.partial(parts.edit, edit, through="parts"),
-                 lambda edit=edit: CaptureAttention.execute(model, words, parts.path, tuple(chain_parts.attention(edit)), 1)]
+                 lambda edit=edit: CaptureAttention.execute(model=model, negative=words, inversion=parts.path,
+                     attention=tuple(chain_parts.attention(edit)), skip=1)]
     with torch.inference_mode():
         nodes.common_ksampler(model, 1, 1, 2.0, "euler", "simple", words, words, latent)  # it does work
     refused(model, runs, f"{name} is not a diffusion model.*SD3 and Flux.*flow models")
@@ -60,7 +62,8 @@ def test_a_transformer_that_can_be_inverted_is_refused_by_the_controls(edit):
     model, latent, words, path = inverted_transformer()
     parts = chain_parts.Parts(model, path, words, words)
     runs = [functools.partial(parts.edit, edit), functools.partial(parts.edit, edit, through="parts"),
-            lambda: CaptureAttention.execute(model, words, path, tuple(chain_parts.attention(edit)), 1)]
+            lambda: CaptureAttention.execute(model=model, negative=words, inversion=path,
+                attention=tuple(chain_parts.attention(edit)), skip=1)]
     refused(model, runs, "PixArt has no U-Net.*SD3 and Flux.*SD 1.x, SD 2.x, SDXL")
 
 
@@ -68,7 +71,8 @@ def test_a_transformer_that_can_be_inverted_is_refused_by_the_controls(edit):
 def inverted_transformer():
     model, latent, words = other_family("PixArt")
     with torch.inference_mode():
-        path = EditFriendlyInversion.execute(model, words, words, latent, 1.0, 2, "simple", 1.0, 0)[0]
+        path = EditFriendlyInversion.execute(model=model, positive=words, negative=words, latent=latent, cfg=1.0,
+            steps=2, scheduler="simple", eta=1.0, seed=0)[0]
         chain_parts.Parts(model, path, words, words).edit("plain")  # an edit without attention control works
     return model, latent, words, path
 

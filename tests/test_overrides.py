@@ -118,7 +118,7 @@ def random(*shape, seed=9):
 
 
 def run(kind, inversion, guider, skip=0):
-    sampler, sigmas = LeditsSamplerNode.execute(inversion, skip).result
+    sampler, sigmas = LeditsSamplerNode.execute(inversion=inversion, skip=skip).result
     x_T = {"samples": torch.zeros(inversion.batch, 4, 8, 8)}
     return SamplerCustomAdvanced.execute(DisableNoise.execute()[0], guider, sampler, sigmas, x_T)[0]["samples"]
 
@@ -168,7 +168,8 @@ def test_the_pooled_negative_is_seen_and_sizes_are_kept():
     pair = [tiny.conditioning("sdxl", seed, width=256, height=128, crop_w=8) for seed in (TARGET, EMPTY)]
     by_hand = [[pair[1][0][0], {**pair[1][0][1], "pooled_output": pooled}]]
     plain = invert(DDIMInversion, "sdxl", latent)[0]
-    results = [LeditsKSampler.execute(model("sdxl"), pair[0], negative, inversion, 7.5, 0)[0]["samples"]
+    results = [LeditsKSampler.execute(model=model("sdxl"), positive=pair[0], negative=negative, inversion=inversion,
+        cfg=7.5, skip=0)[0]["samples"]
                for negative, inversion in [(by_hand, plain), (pair[1], replace(plain, overrides={"negative_pooled": pooled})),
                                            (pair[1], plain)]]
     assert torch.equal(results[0], results[1])

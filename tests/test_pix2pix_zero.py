@@ -174,7 +174,8 @@ def test_a_kept_store_and_core_s_guider_give_the_same(scene):
     model, path, words, empty = scene
     live, _ = editing.run(model, path, words.target, empty, 7.5, [guide(words)])
     with torch.inference_mode():
-        store = CaptureAttention.execute(model, empty, path, (guide(words),), 0, "float32").args[0]
+        store = CaptureAttention.execute(model=model, negative=empty, inversion=path, attention=(guide(words),),
+            skip=0, precision="float32").args[0]
     kept, guider = editing.run(model, path, words.target, empty, 7.5, [guide(words)], store=store)
     assert (kept - live).abs().max() < 1e-5 and guider.rows == rows(3, 3, batch=2) - 3 * 2
     core = comfy.samplers.CFGGuider(model)

@@ -36,7 +36,7 @@ def hot(picture):
 
 
 def test_the_table_shows_words_beside_each_other():
-    picture = PreviewAttention.execute(by_hand(), "cat, dog", "average")[0][0]
+    picture = PreviewAttention.execute(latent=by_hand(), words="cat, dog", view="average")[0][0]
     places = hot(picture)
     left = places[places[:, 1] < 500].float()  # the source's column: cat only
     right = places[places[:, 1] > 500].float()
@@ -46,13 +46,14 @@ def test_the_table_shows_words_beside_each_other():
     assert (spot[1] - 3 / 16 * 300).abs().max() < 20  # three of sixteen cells of a picture of 300 pixels
     x = left[:, 1].mean() - (36 + 190)
     assert abs(x - 3.5 / 16 * 300) < 8
-    one = PreviewAttention.execute(by_hand(), "cat", "average")[0][0]
+    one = PreviewAttention.execute(latent=by_hand(), words="cat", view="average")[0][0]
     assert len(hot(one)[hot(one)[:, 1] > 500]) == 0  # not in the target prompt
 
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_steps_beside_each_other(batch):
-    picture, *_ = PreviewAttention.execute(by_hand(batch, steps=tuple(range(20))), "cat", "by step").args
+    picture, *_ = PreviewAttention.execute(latent=by_hand(batch, steps=tuple(range(20))), words="cat",
+        view="by step").args
     assert picture.shape[0] == batch
     columns = hot(picture[0])[:, 1].unique()
     assert (columns.diff() > 20).sum() == 7  # eight steps of twenty
@@ -62,11 +63,11 @@ def test_masks_are_drawn_as_they_are():
     mask = torch.zeros(1, 16, 16, dtype=torch.bool)
     mask[:, :8, :8] = True
     latent = by_hand(**{"local blend": {1: (None, mask), 3: (None, mask)}})
-    with_mask = PreviewAttention.execute(latent, "cat", "average")[0][0]
+    with_mask = PreviewAttention.execute(latent=latent, words="cat", view="average")[0][0]
     white = (with_mask > 0.999).all(-1).nonzero()
     size = white.amax(0) - white.amin(0) + 1
     assert abs(int(size[0]) - 150) < 3 and abs(int(size[1]) - 150) < 3  # a quarter of 300 x 300
-    drawn = PreviewAttention.execute(latent, "cat", "by step")[0][0]
+    drawn = PreviewAttention.execute(latent=latent, words="cat", view="by step")[0][0]
     columns = (drawn > 0.999).all(-1).nonzero()[:, 1].unique()
     assert (columns.diff() > 20).sum() >= 1
 
@@ -75,10 +76,11 @@ def test_attention_is_drawn_over_the_pictures():
     green = torch.zeros(1, 128, 128, 3)
     green[..., 1] = 1
     seen = by_hand()
-    assert not _greenish(PreviewAttention.execute(seen, "cat", "average")[0][0])
-    assert _greenish(PreviewAttention.execute(seen, "cat", "average", image=green)[0][0])
-    assert not _greenish(PreviewAttention.execute(seen, "cat", "average", edited_image=green)[0][0])  # cat is the source's
-    assert _greenish(PreviewAttention.execute(seen, "dog", "average", edited_image=green)[0][0])
+    assert not _greenish(PreviewAttention.execute(latent=seen, words="cat", view="average")[0][0])
+    assert _greenish(PreviewAttention.execute(latent=seen, words="cat", view="average", image=green)[0][0])
+    assert not _greenish(PreviewAttention.execute(latent=seen, words="cat", view="average",
+        edited_image=green)[0][0])  # cat is the source's
+    assert _greenish(PreviewAttention.execute(latent=seen, words="dog", view="average", edited_image=green)[0][0])
 
 
 def _greenish(picture):
@@ -86,8 +88,8 @@ def _greenish(picture):
 
 
 def test_the_words_of_an_edit_are_all_shown_where_none_are_named():
-    every = PreviewAttention.execute(by_hand(), "", "average")[0]
-    assert every.shape[1] == PreviewAttention.execute(by_hand(), "a, cat, dog", "average")[0].shape[1]
+    every = PreviewAttention.execute(latent=by_hand(), words="", view="average")[0]
+    assert every.shape[1] == PreviewAttention.execute(latent=by_hand(), words="a, cat, dog", view="average")[0].shape[1]
 
 
 @pytest.mark.parametrize("words, match", [
@@ -96,40 +98,43 @@ def test_the_words_of_an_edit_are_all_shown_where_none_are_named():
 ])
 def test_a_word_that_is_not_there_is_named(words, match):
     with pytest.raises(ValueError, match=match):
-        PreviewAttention.execute(by_hand(), words, "average")
+        PreviewAttention.execute(latent=by_hand(), words=words, view="average")
 
 
 def test_what_was_not_recorded_is_said():
     latent = by_hand()
     with pytest.raises(ValueError, match="no attention to see.*Record Attention"):
-        PreviewAttention.execute({"samples": latent["samples"]}, "", "average")
+        PreviewAttention.execute(latent={"samples": latent["samples"]}, words="", view="average")
     mask = torch.ones(1, 16, 16, dtype=torch.bool)
     masks_only = Observed(steps=4, size=(128, 128), latent=latent["samples"], masks={"local blend": {3: (None, mask)}})
-    PreviewAttention.execute(latent | {sockets.SEEN: masks_only}, "", "average")
+    PreviewAttention.execute(latent=latent | {sockets.SEEN: masks_only}, words="", view="average")
     with pytest.raises(ValueError, match="put Record Attention"):
-        PreviewAttention.execute(latent | {sockets.SEEN: masks_only}, "cat", "average")
+        PreviewAttention.execute(latent=latent | {sockets.SEEN: masks_only}, words="cat", view="average")
 
 
 def test_with_sampler_custom_advanced():
     model = tiny.model()
     path, words, empty = editing.path(model, 3), editing.prompts("sd1", SOURCE, TARGET), editing.negative("sd1")
-    attention = RecordAttention.execute(words).args[0]
+    attention = RecordAttention.execute(prompts=words).args[0]
     with torch.inference_mode():
-        sampler, sigmas = sampling.LeditsSamplerNode.execute(path, 0, attention=attention).args
+        sampler, sigmas = sampling.LeditsSamplerNode.execute(inversion=path, skip=0, attention=attention).args
         x_T = {"samples": path.latent_format.process_out(path.latents[0])}
         noise, = DisableNoise.execute().args
         results = []
         for cfg in (7.5, 1.5):
-            guider = sampling.LeditsGuiderNode.execute(model, words.target, empty, cfg).args[0]
+            guider = sampling.LeditsGuiderNode.execute(model=model, positive=words.target, negative=empty,
+                cfg=cfg).args[0]
             results.append(SamplerCustomAdvanced.execute(noise, guider, sampler, sigmas, x_T).args[0])
-            shown = PreviewAttention.execute(results[-1], "sofa", "average", sampler=sampler)
-            one = sampling.LeditsKSampler.execute(model, words.target, empty, path, cfg, 0, attention=attention).args[0]
-            assert torch.allclose(PreviewAttention.execute(one, "sofa", "average")[0], shown[0], atol=1 / 255)
+            shown = PreviewAttention.execute(latent=results[-1], words="sofa", view="average", sampler=sampler)
+            one = sampling.LeditsKSampler.execute(model=model, positive=words.target, negative=empty, inversion=path,
+                cfg=cfg, skip=0, attention=attention).args[0]
+            assert torch.allclose(PreviewAttention.execute(latent=one, words="sofa", view="average")[0], shown[0],
+                atol=1 / 255)
         with pytest.raises(ValueError, match="did not make this latent"):
-            PreviewAttention.execute(results[0], "sofa", "average", sampler=sampler)
-        other = sampling.LeditsSamplerNode.execute(path, 0).args[0]
+            PreviewAttention.execute(latent=results[0], words="sofa", view="average", sampler=sampler)
+        other = sampling.LeditsSamplerNode.execute(inversion=path, skip=0).args[0]
         with pytest.raises(ValueError, match="no attention to see"):
-            PreviewAttention.execute(results[0], "sofa", "average", sampler=other)
+            PreviewAttention.execute(latent=results[0], words="sofa", view="average", sampler=other)
 
 
 def test_in_a_server(server_url):

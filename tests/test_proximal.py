@@ -40,7 +40,7 @@ def edit(kind, inversion, cfg=7.5, skip=0, model_=None, prompt=TARGET):
 
 
 def proximal_model(kind, quantile=0.5, shape="soft", **more):
-    return ProximalGuidance.execute(model(kind), quantile, shape, **more)[0]
+    return ProximalGuidance.execute(model=model(kind), quantile=quantile, kind=shape, **more)[0]
 
 
 # --- proximal guidance ----------------------------------------------------------------------------------------------
@@ -146,7 +146,8 @@ def test_holding_without_a_source_or_to_another_is_refused():
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_edit_of_the_sdedit_path_is_image_to_image(kind, skip):
     latent, pair = tiny.latent(kind), prompts(kind, TARGET, EMPTY)
-    inversion, x_T = SDEditPath.execute(model(kind), latent, 10, "ddim_uniform", 3).result
+    inversion, x_T = SDEditPath.execute(model=model(kind), latent=latent, steps=10, scheduler="ddim_uniform",
+        seed=3).result
     guider, sampler = CFGGuider.execute(model(kind), *pair, 5.0)[0], KSamplerSelect.execute("euler")[0]
     sigmas = inversion.sigmas[skip:]
     expected = SamplerCustomAdvanced.execute(RandomNoise.execute(3)[0], guider, sampler, sigmas, latent)[0]["samples"]
@@ -160,8 +161,9 @@ def test_an_edit_of_the_sdedit_path_is_image_to_image(kind, skip):
 
 def test_a_picture_of_a_batch_has_its_own_noise():
     latent = tiny.latent(batch=3)
-    together = SDEditPath.execute(model("sd1"), latent, 10, "ddim_uniform", 3)[0]
-    alone = SDEditPath.execute(model("sd1"), {"samples": latent["samples"][2:]}, 10, "ddim_uniform", 5)[0]
+    together = SDEditPath.execute(model=model("sd1"), latent=latent, steps=10, scheduler="ddim_uniform", seed=3)[0]
+    alone = SDEditPath.execute(model=model("sd1"), latent={"samples": latent["samples"][2:]}, steps=10,
+        scheduler="ddim_uniform", seed=5)[0]
     assert torch.equal(together.latents[:, 2:], alone.latents)
     assert not torch.allclose(together.latents[0, 0], together.latents[0, 1], atol=1.0)
 

@@ -171,7 +171,7 @@ def test_noise_maps_of_a_perfect_denoiser_have_the_variance_and_correlation_of_t
 def test_guider_and_sampler_are_the_all_in_one_node_bit_for_bit(kind, batch, skip, solver):
     inversion, x_T = invert(kind, tiny.latent(kind, batch)).result
     guider = LeditsGuiderNode.execute(model(kind), *prompts(kind, TARGET, EMPTY), 6.0)[0]
-    sampler, sigmas = LeditsSamplerNode.execute(inversion, skip, solver).result
+    sampler, sigmas = LeditsSamplerNode.execute(inversion=inversion, skip=skip, solver=solver).result
     noise = DisableNoise.execute()[0]
     samples = SamplerCustomAdvanced.execute(noise, guider, sampler, sigmas, x_T)[0]["samples"]
     assert torch.equal(samples, edit(kind, inversion, 6.0, skip, TARGET, solver=solver))
@@ -182,11 +182,11 @@ def test_guider_and_sampler_are_the_all_in_one_node_bit_for_bit(kind, batch, ski
 def test_unpack_and_pack_are_a_round_trip(kind, eta):
     latent = tiny.latent(kind, 2, 6, 9)
     inversion = invert(kind, latent, eta=eta)[0]
-    path, maps, sigmas = UnpackInversion.execute(inversion).result
+    path, maps, sigmas = UnpackInversion.execute(inversion=inversion).result
     assert path["samples"].shape == (22, 4, 6, 9)
     assert maps["samples"].shape == (20, 4, 6, 9)
     torch.testing.assert_close(path["samples"][-2:], latent["samples"])
-    packed = PackInversion.execute(inversion, path, maps, sigmas)[0]
+    packed = PackInversion.execute(inversion=inversion, path=path, noise_maps=maps, sigmas=sigmas)[0]
     for name in ("latents", "residuals", "sigmas", "etas"):
         torch.testing.assert_close(getattr(packed, name), getattr(inversion, name), rtol=1e-6, atol=1e-6)
     assert error(edit(kind, packed), latent) < 1e-4
@@ -195,9 +195,9 @@ def test_unpack_and_pack_are_a_round_trip(kind, eta):
 def test_what_is_changed_between_unpack_and_pack_is_what_the_edit_uses():
     latent = tiny.latent(batch=2)
     inversion = invert("sd1", latent)[0]
-    path, maps, _ = UnpackInversion.execute(inversion).result
+    path, maps, _ = UnpackInversion.execute(inversion=inversion).result
     swapped = [{"samples": part["samples"].view(-1, 2, 4, 8, 8).flip(1).flatten(0, 1)} for part in (path, maps)]
     samples = edit("sd1", PackInversion.execute(inversion, *swapped)[0])
     assert error(samples.flip(0), latent) < 1e-4
-    assert error(edit("sd1", PackInversion.execute(inversion, noise_maps=swapped[1])[0]), latent) > 0.1
-    assert error(edit("sd1", PackInversion.execute(inversion)[0]), latent) < 1e-4
+    assert error(edit("sd1", PackInversion.execute(inversion=inversion, noise_maps=swapped[1])[0]), latent) > 0.1
+    assert error(edit("sd1", PackInversion.execute(inversion=inversion)[0]), latent) < 1e-4

@@ -181,7 +181,8 @@ RUN, TIMESTEPS = STEPS - SKIP, diffusion.ddim_uniform(STEPS)
 @functools.cache
 def inverted(kind, batch):
     latent = tiny.latent(kind, batch)
-    inversion = EditFriendlyInversion.execute(model(kind), SOURCE, EMPTY, latent, 3.5, STEPS, "ddim_uniform", 1.0, 0)[0]
+    inversion = EditFriendlyInversion.execute(model=model(kind), positive=SOURCE, negative=EMPTY, latent=latent,
+        cfg=3.5, steps=STEPS, scheduler="ddim_uniform", eta=1.0, seed=0)[0]
     return latent, inversion
 
 
@@ -232,7 +233,8 @@ def test_an_edit_is_the_reference_and_evaluates_only_what_matters(kind, batch, p
     chain = tuple(ours(c, words) for c, words in concepts)
     _, inversion = inverted(kind, batch)
     with tiny.Calls(model(kind)) as calls:
-        output = LeditsKSampler.execute(model(kind), positive, negative, inversion, cfg, SKIP, chain)
+        output = LeditsKSampler.execute(model=model(kind), positive=positive, negative=negative, inversion=inversion,
+            cfg=cfg, skip=SKIP, concepts=chain)
     shown = [0 if prompt is None else len(calls.rows_of(prompt)) for prompt in (positive, None if rows[1] == 0 else negative)]
     assert shown + [calls.rows - sum(shown)] == [batch * n for n in rows]
     assert output.ui == {"ledits": [{"steps": RUN, "unet_rows": calls.rows}]}
@@ -244,15 +246,18 @@ def test_an_edit_is_the_reference_and_evaluates_only_what_matters(kind, batch, p
 def test_concepts_guide_at_a_low_cfg(cfg):
     _, inversion = inverted("sd1", 1)
     plain, guided = (
-        LeditsKSampler.execute(model("sd1"), TARGET, EMPTY, inversion, cfg, SKIP, chain)[0]["samples"]
+        LeditsKSampler.execute(model=model("sd1"), positive=TARGET, negative=EMPTY, inversion=inversion, cfg=cfg,
+            skip=SKIP, concepts=chain)[0]["samples"]
         for chain in (None, (ours(concept(), RED),))
     )
     assert (plain - guided).abs().max() > 0.1
 
 
 def test_the_concept_node_makes_what_its_widgets_say():
-    first = SemanticConcept.execute("", "away", 7.0, 0.95, 2, 0, 0.3, 0.6, 1.0, conditioning=RED)[0]
-    both = SemanticConcept.execute("", "towards", 5.0, 0.5, 1, 8, 0.0, 0.0, 2.0, conditioning=OLD, concepts=first)[0]
+    first = SemanticConcept.execute(prompt="", direction="away", scale=7.0, threshold=0.95, warmup=2, cooldown=0,
+        momentum_scale=0.3, momentum_beta=0.6, weight=1.0, conditioning=RED)[0]
+    both = SemanticConcept.execute(prompt="", direction="towards", scale=5.0, threshold=0.5, warmup=1, cooldown=8,
+        momentum_scale=0.0, momentum_beta=0.0, weight=2.0, conditioning=OLD, concepts=first)[0]
     assert both == (
         Concept(conditioning=RED, direction=-1, scale=7.0, threshold=0.95, warmup=2, cooldown=None, momentum_scale=0.3,
                 momentum_beta=0.6, weight=1.0),

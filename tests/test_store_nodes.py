@@ -26,20 +26,21 @@ def raw(tmp_path_factory):
 
 def test_the_nodes_save_and_load(folders):
     store = by_hand(2)
-    shown = SaveAttentionStore.execute(store, "a/b", "as captured").ui["text"][0]
+    shown = SaveAttentionStore.execute(store=store, filename_prefix="a/b", dtype="as captured").ui["text"][0]
     name = f"a/b_00001_{store_file.KIND.suffix}"
     assert shown.startswith(f"{name}\n") and shown.endswith("4 steps, 2 pictures, float32")
     assert LoadAttentionStore.validate_inputs(f"{name} [output]") is True
-    result = LoadAttentionStore.execute(f"{name} [output]")
+    result = LoadAttentionStore.execute(file=f"{name} [output]")
     assert same(result[0], store) and "4 steps, 2 pictures, float32\nBaseModel, SD15" in result.ui["text"][0]
-    assert SaveAttentionStore.execute(store, "a/b", "float16").ui["text"][0].endswith("float16")
-    back = LoadAttentionStore.execute(f"a/b_00002_{store_file.KIND.suffix} [output]")[0]
+    assert SaveAttentionStore.execute(store=store, filename_prefix="a/b",
+        dtype="float16").ui["text"][0].endswith("float16")
+    back = LoadAttentionStore.execute(file=f"a/b_00002_{store_file.KIND.suffix} [output]")[0]
     assert {t.dtype for t in back.tensors().values()} == {torch.float16}
 
 
 def test_the_pickers_tell_stores_and_inversions_apart(folders, raw):
     out, into = folders
-    SaveAttentionStore.execute(by_hand(), "deep/er/one")
+    SaveAttentionStore.execute(store=by_hand(), filename_prefix="deep/er/one")
     (into / "mine.safetensors").write_bytes(raw)
     saved(into / "path.safetensors", record()[0])
     os.utime(into / "mine.safetensors", (1, 1))
@@ -67,7 +68,7 @@ def test_nothing_outside_of_the_folders_is_loaded(folders, raw, tmp_path, name):
     told = LoadAttentionStore.validate_inputs(name.format(secret=secret))
     assert isinstance(told, str) and told.endswith(".")
     with pytest.raises(ValueError):
-        LoadAttentionStore.execute(name.format(secret=secret))
+        LoadAttentionStore.execute(file=name.format(secret=secret))
 
 
 @pytest.mark.parametrize("prefix", ["../x", "/x", "a/../../x", "{outside}/x", "link/x", ""])
@@ -80,7 +81,7 @@ def test_nothing_is_saved_outside_of_the_output_folder(folders, tmp_path, prefix
         pytest.skip("links cannot be made here")
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(ValueError):
-        SaveAttentionStore.execute(by_hand(), prefix.format(outside=outside))
+        SaveAttentionStore.execute(store=by_hand(), filename_prefix=prefix.format(outside=outside))
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -88,12 +89,12 @@ def test_what_does_not_fit_is_refused_with_numbers(folders, raw, monkeypatch):
     (folders[1] / NAME).write_bytes(raw)
     monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *args: 2 * len(raw) - 1)
     with pytest.raises(ValueError, match=r"0.00 GB of host memory, but only 0.00 GB are free"):
-        LoadAttentionStore.execute(NAME)
+        LoadAttentionStore.execute(file=NAME)
     monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *args: 2 * len(raw))
-    assert same(LoadAttentionStore.execute(NAME)[0], by_hand())
+    assert same(LoadAttentionStore.execute(file=NAME)[0], by_hand())
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2**20))
     with pytest.raises(ValueError, match="0.00 GB are free on the disk"):
-        SaveAttentionStore.execute(by_hand(), "x")
+        SaveAttentionStore.execute(store=by_hand(), filename_prefix="x")
     assert not list(folders[0].iterdir())
 
 

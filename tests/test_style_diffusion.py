@@ -42,7 +42,8 @@ def invert(kind="sd1", batch=1, steps=3, first_steps=3, attention_loss=1.0, tau_
 
 
 def edit(inversion, kind="sd1", positive=None):
-    return LeditsKSampler.execute(model(kind), positive or prompts(kind)[0], prompts(kind)[1], inversion, CFG, 0)[0]["samples"]
+    return LeditsKSampler.execute(model=model(kind), positive=positive or prompts(kind)[0],
+        negative=prompts(kind)[1], inversion=inversion, cfg=CFG, skip=0)[0]["samples"]
 
 
 # --- what is learned ------------------------------------------------------------------------------------------------

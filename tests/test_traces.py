@@ -18,11 +18,13 @@ INTERRUPTED = comfy.model_management.InterruptProcessingException
 
 
 def invert(model, **more):
-    return EditFriendlyInversion.execute(model, SOURCE, EMPTY, LATENT, 3.5, 5, "ddim_uniform", 1.0, 0, **more)[0]
+    return EditFriendlyInversion.execute(model=model, positive=SOURCE, negative=EMPTY, latent=LATENT, cfg=3.5,
+        steps=5, scheduler="ddim_uniform", eta=1.0, seed=0, **more)[0]
 
 
 def edit(model, inversion, concepts=CONCEPTS, mask=None):
-    return LeditsKSampler.execute(model, TARGET, EMPTY, inversion, 4.0, 1, concepts, mask)[0]["samples"]
+    return LeditsKSampler.execute(model=model, positive=TARGET, negative=EMPTY, inversion=inversion, cfg=4.0, skip=1,
+        concepts=concepts, mask=mask)[0]["samples"]
 
 
 def plain(model):
@@ -146,8 +148,8 @@ def test_a_guider_and_sampler_work_again_after_a_run_that_broke_off(act):
     model = tiny.model()
     inversion = invert(model)
     expected = edit(model, inversion)
-    guider = LeditsGuiderNode.execute(model, TARGET, EMPTY, 4.0, CONCEPTS)[0]
-    sampler, sigmas = LeditsSamplerNode.execute(inversion, 1).result
+    guider = LeditsGuiderNode.execute(model=model, positive=TARGET, negative=EMPTY, cfg=4.0, concepts=CONCEPTS)[0]
+    sampler, sigmas = LeditsSamplerNode.execute(inversion=inversion, skip=1).result
 
     def run():
         zeros = torch.zeros(2, 4, 8, 8)

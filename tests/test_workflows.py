@@ -254,7 +254,7 @@ def test_demo_pictures_come_with_their_caption_and_mask(inference_mode):
     from comfyui_ledits.nodes.demo import ENTRIES, LoadDemoPicture
 
     for name, entry in ENTRIES.items():
-        picture, mask, caption = LoadDemoPicture.execute(name).result
+        picture, mask, caption = LoadDemoPicture.execute(picture=name).result
         assert picture.shape == (1, entry["height"], entry["width"], 3) and mask.shape == picture.shape[:3]
         assert caption == entry["caption"] and 0 <= float(picture.min()) < float(picture.max()) <= 1
         first = entry["scene"]["things"][0]

@@ -98,10 +98,12 @@ class Parts:
         with torch.inference_mode():
             if through == "node":
                 return LeditsKSampler.execute(
-                    self.model, self.positive, self.negative, self.path, CFG, start, mask=self.mask, **more
+                    model=self.model, positive=self.positive, negative=self.negative, inversion=self.path, cfg=CFG,
+                        skip=start, mask=self.mask, **more
                 )[0]["samples"]
-            guider = LeditsGuiderNode.execute(self.model, self.positive, self.negative, CFG, more.pop("concepts", None))[0]
-            sampler, sigmas = LeditsSamplerNode.execute(self.path, start, **more)
+            guider = LeditsGuiderNode.execute(model=self.model, positive=self.positive, negative=self.negative,
+                cfg=CFG, concepts=more.pop("concepts", None))[0]
+            sampler, sigmas = LeditsSamplerNode.execute(inversion=self.path, skip=start, **more)
             latent = {"samples": self.path.latent_format.process_out(self.path.latents[0])}
             if self.mask is not None:
                 latent["noise_mask"] = self.mask
