@@ -88,8 +88,8 @@ def _flat(graph, subgraphs, prefix="", outer=()):
         if inner is None or node.get("mode", 0) in (NEVER, BYPASS):
             continue
         entering = {slot["name"]: slot["link"] for slot in node["inputs"]}
-        links = [entering.get(i["name"]) for i in inner["inputs"]]
-        more = _flat(_with_values(inner, node), subgraphs, f"{key}:", links)
+        outer_links = [entering.get(i["name"]) for i in inner["inputs"]]
+        more = _flat(_with_values(inner, node), subgraphs, f"{key}:", outer_links)
         nodes |= more[0]
         links |= more[1]
         leaving = [f"{key}:{slot['linkIds'][0]}" if slot["linkIds"] else None for slot in inner["outputs"]]
