@@ -31,9 +31,10 @@ def record(eta=1.0, residuals=True, batch=1, size=64, picture=None, error=0.0, l
         s, p = float(SIGMAS[i]), float(SIGMAS[i + 1])
         down = math.sqrt(p**2 - (eta * p) ** 2 * (1 - (p / s) ** 2))
         rest.append(latents[i + 1] - predictions[i] - down / s * (latents[i] - predictions[i]))
-    made = Inversion(SIGMAS, torch.stack(latents), torch.stack(rest) if residuals else None,
-                     torch.full((steps,), eta if residuals else 0.0), "ve", "BaseModel, SD15", "edit-friendly DDPM",
-                     {"cfg": 3.5}, {}, latent_format or comfy.latent_formats.SD15())
+    made = Inversion(sigmas=SIGMAS, latents=torch.stack(latents), residuals=torch.stack(rest) if residuals else None,
+                     etas=torch.full((steps,), eta if residuals else 0.0), family="ve", model="BaseModel, SD15",
+                     method="edit-friendly DDPM", settings={"cfg": 3.5},
+                     latent_format=latent_format or comfy.latent_formats.SD15())
     return made, predictions
 
 
