@@ -41,7 +41,8 @@ class DemoClipModel(comfy.sd1_clip.SD1ClipModel):
 
 class DemoTokens(comfy.sd1_clip.SDTokenizer):
     def __init__(self, embedding_directory=None, tokenizer_data={}):
-        super().__init__(embedding_directory=embedding_directory, embedding_size=nets.CONTEXT, tokenizer_data=tokenizer_data)
+        super().__init__(embedding_directory=embedding_directory, embedding_size=nets.CONTEXT,
+                         tokenizer_data=tokenizer_data)
 
 
 class DemoTokenizer(comfy.sd1_clip.SD1Tokenizer):

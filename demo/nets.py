@@ -144,7 +144,8 @@ def load_diffusers(path=WEIGHTS):
     vae, unet, text = build_vae(), build_unet(), build_text(len(tokens.ids))
     vae.load_state_dict({k: state[f"first_stage_model.{_vae_key(k)}"].float() for k in vae.state_dict()})
     wanted = unet.state_dict()
-    unet.load_state_dict({key: state[f"model.diffusion_model.{ldm}"].float() for ldm, key in _unet_keys() if key in wanted})
+    keys = [(ldm, key) for ldm, key in _unet_keys() if key in wanted]
+    unet.load_state_dict({key: state[f"model.diffusion_model.{ldm}"].float() for ldm, key in keys})
     prefix = "cond_stage_model.transformer."
     text.load_state_dict({
         k: state[prefix + ("" if k.startswith("text_model.") else "text_model.") + k].float()

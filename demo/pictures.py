@@ -36,13 +36,13 @@ def held_out(first, count, **fixed):
     Args:
         fixed: for `scenes.random_scene`.
     """
-    found, seed = [], first
-    while len(found) < count:
+    chosen, seed = [], first
+    while len(chosen) < count:
         scene = scenes.random_scene(seed, **fixed)
         seed += 1
         if scenes.held_out(scene):
-            found.append(scene)
-    return found
+            chosen.append(scene)
+    return chosen
 
 
 def recoloured(scene, colour, number=0):

@@ -7,13 +7,13 @@ edit is the same scene with one value replaced: `replace(scene, ...)`, rendered 
 Numpy only. Pictures are float32 [H, W, 3] in 0..1; masks are float32 coverage [H, W] in 0..1, one for each thing.
 """
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 import numpy as np
 
 KINDS = ("circle", "square", "triangle", "star", "heart", "moon", "cross")
-# Things are bright, grounds dim: noise that hides a blue star on grey can then hide a yellow one in its place more easily
-# than a second star elsewhere, so that words without a place mean the thing that is there.
+# Things are bright, grounds dim: noise that hides a blue star on grey can then hide a yellow one in its place more
+# easily than a second star elsewhere, so that words without a place mean the thing that is there.
 COLOURS = {
     "red": (0.93, 0.28, 0.27),
     "orange": (0.97, 0.62, 0.22),
@@ -51,6 +51,7 @@ class Thing:
 
     kind: str
     colour: str
+    _: KW_ONLY
     pattern: str = "plain"
     size: str = "medium"
     place: str = "in the middle"
@@ -66,6 +67,7 @@ class Scene:
 
     things: tuple[Thing, ...]
     ground: str = "grey"
+    _: KW_ONLY
     ground_pattern: str = "plain"
     style: str = "photo"
     seed: int = 0
@@ -246,7 +248,21 @@ def random_scene(seed, things=None, style=None, ground_pattern=None, pattern=Non
         side = None if count == 1 else ("on the left", "on the right")[i]
         wanted = pick(size, SIZES, [0.25, 0.5, 0.25]) if count == 1 else "small"
         place, x, y, radius = _place(rng, wanted, side)
-        made.append(Thing(kinds[i], colours[i], pick(pattern, PATTERNS, [0.6, 0.2, 0.2]), wanted, place, x, y, radius,
-                          round(float(rng.uniform(-0.25, 0.25)), 4)))
-    return Scene(tuple(made), ground, pick(ground_pattern, GROUND_PATTERNS, [0.75, 0.25]),
-                 pick(style, STYLES, [0.85, 0.15]), int(seed))
+        made.append(Thing(  # in this order: patterns are drawn before angles
+            kind=kinds[i],
+            colour=colours[i],
+            pattern=pick(pattern, PATTERNS, [0.6, 0.2, 0.2]),
+            size=wanted,
+            place=place,
+            x=x,
+            y=y,
+            radius=radius,
+            angle=round(float(rng.uniform(-0.25, 0.25)), 4),
+        ))
+    return Scene(
+        things=tuple(made),
+        ground=ground,
+        ground_pattern=pick(ground_pattern, GROUND_PATTERNS, [0.75, 0.25]),
+        style=pick(style, STYLES, [0.85, 0.15]),
+        seed=int(seed),
+    )

@@ -5,11 +5,12 @@
   anti-aliasing (torchvision's way with tensors before 0.17; the paper is older). A part of the picture is the picture
   with zeros elsewhere.
 - CLIP's "edited part" is the edit with black outside the mask, uncropped.
-"plain": DINO gets 0..1, anti-aliased; of a part, only the tokens that lie in it are compared, weighted by their share of
-it, and the CLS token is left out. CLIP's edited part is the square around the mask.
+"plain": DINO gets 0..1, anti-aliased; of a part, only the tokens that lie in it are compared, weighted by their share
+of it, and the CLS token is left out. CLIP's edited part is the square around the mask.
 """
 
 import torch
+from einops import rearrange
 
 SIDE, LONGEST = 224, 480  # of the picture that DINO sees
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet
@@ -35,7 +36,8 @@ def structure_distance(source, edited, part, plain, dino):
         return float(difference.mean())
     height, width = (n // dino.patch for n in inputs[0].shape[-2:])
     resized = torch.nn.functional.interpolate((part > 0.5).float()[None, None], (height, width), mode="area")
-    weight = torch.cat([torch.zeros_like(resized[0, 0, 0, :1]), resized.flatten()])  # CLS first
+    resized = rearrange(resized, "1 1 h w -> (h w)")
+    weight = torch.cat([torch.zeros_like(resized[:1]), resized])  # CLS first
     weight = weight[:, None] * weight
     return float((difference * weight).sum() / weight.sum())
 
@@ -80,8 +82,8 @@ def edited_part(picture, mask, plain):
     rows, columns = (torch.nonzero((mask > 0.5).any(dim)).flatten() for dim in (1, 0))
     side = int(max(rows[-1] - rows[0], columns[-1] - columns[0])) + 1
     cut = []
-    for found, size in ((rows, mask.shape[0]), (columns, mask.shape[1])):
-        middle, length = int(found[0] + found[-1] + 1) // 2, min(side, size)
+    for places, size in ((rows, mask.shape[0]), (columns, mask.shape[1])):
+        middle, length = int(places[0] + places[-1] + 1) // 2, min(side, size)
         start = min(max(middle - length // 2, 0), size - length)
         cut.append(slice(start, start + length))
     return picture[:, cut[0], cut[1]]

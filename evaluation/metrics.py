@@ -1,4 +1,4 @@
-"""The metrics of PIE-Bench (arXiv 2310.01506, table 1) and of StyleDiffusion (arXiv 2303.15649), for one edited picture.
+"""The metrics of PIE-Bench (arXiv 2310.01506, table 1) and of StyleDiffusion (arXiv 2303.15649), of one edited picture.
 
     metrics = Metrics("pie-bench", Networks([folder]))
     values = metrics.measure(source, edited, mask, "a cat", "a dog")
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 import torch
+from einops import rearrange
 
 from . import features, pixels
 from .networks import LPIPS, Missing
@@ -41,12 +42,18 @@ class About:
 
 def _pixel(doc, scale, heading, better):
     """A metric of the whole picture, and its two parts."""
-    return {part: About(f"{doc}, {where}", scale, f"{heading}{short}", better) for part, where, short in (
-        ("", "whole picture", ""), ("_unedit_part", "outside the mask", " unedited"), ("_edit_part", "inside it", " edited"))}
+    parts = (
+        ("", "whole picture", ""),
+        ("_unedit_part", "outside the mask", " unedited"),
+        ("_edit_part", "inside it", " edited"),
+    )
+    return {part: About(f"{doc}, {where}", scale, heading + short, better) for part, where, short in parts}
 
 
 _PIXEL = {
-    "structure_distance": _pixel("MSE of the self-similarities of DINO ViT-B/8's last keys", 1e3, "Structure x10^3", -1),
+    "structure_distance": _pixel(
+        "MSE of the self-similarities of DINO ViT-B/8's last keys", 1e3, "Structure x10^3", -1
+    ),
     "psnr": _pixel("peak signal-to-noise ratio, dB", 1.0, "PSNR", 1),
     "lpips": _pixel("learned perceptual distance, SqueezeNet", 1e3, "LPIPS x10^3", -1),
     "mse": _pixel("mean squared error of values 0..1", 1e4, "MSE x10^4", -1),
@@ -60,7 +67,9 @@ METRICS = {
     **{name + "_unedit_part": parts["_unedit_part"] for name, parts in _PIXEL.items()},
     **{name + "_edit_part": parts["_edit_part"] for name, parts in _PIXEL.items()},
     "ns_lpips": About("StyleDiffusion: LPIPS (AlexNet) outside the mask", 1.0, "NS-LPIPS", -1),
-    "clip_score": About("StyleDiffusion: CLIPScore, 2.5 cos of edit and target prompt, CLIP ViT-B/32", 1e2, "CLIPScore %", 1),
+    "clip_score": About(
+        "StyleDiffusion: CLIPScore, 2.5 cos of edit and target prompt, CLIP ViT-B/32", 1e2, "CLIPScore %", 1
+    ),
 }
 """Every metric by its name in the published evaluation: About."""
 
@@ -153,12 +162,12 @@ class Metrics:
             network, device = self.networks.lpips(NEEDS[base], self.device)
             a, b, part, mask = pair.on(device, part)
             if base == "ns_lpips":
-                return pixels.ns_lpips(a, b, mask, self.plain, network)
-            return pixels.lpips(a, b, part, self.plain, network)
+                return pixels.ns_lpips(a, b, mask, self.plain, network=network)
+            return pixels.lpips(a, b, part, self.plain, network=network)
         if base == "structure_distance":
             network, device = self.networks.dino(self.device)
             a, b, part, _ = pair.on(device, part)
-            return features.structure_distance(a, b, part, self.plain, network)
+            return features.structure_distance(a, b, part, self.plain, dino=network)
         a, b, part, _ = pair.on(self.device, part)
         return getattr(pixels, base)(a, b, part, self.plain)
 
@@ -200,17 +209,18 @@ class _Pair:
 
     def __init__(self, source, edited, mask, metrics):
         source, edited, self.mask = (torch.as_tensor(x).detach().float().cpu() for x in (source, edited, mask))
-        if source.ndim != 3 or source.shape[2] != 3 or edited.shape != source.shape or self.mask.shape != source.shape[:2]:
+        fit = edited.shape == source.shape and self.mask.shape == source.shape[:2]
+        if source.ndim != 3 or source.shape[2] != 3 or not fit:
             raise ValueError(f"The source is {list(source.shape)}, the edit {list(edited.shape)} and the mask "
                              f"{list(self.mask.shape)}: they have to be [H, W, 3], [H, W, 3] and [H, W] of one size.")
         self.mask = self.mask.clamp(0, 1)
         a, b = pixels.to_bytes(source), pixels.to_bytes(edited)
         b = pixels.through_jpeg(b) if metrics.jpeg else b
         self.bytes = {"source": _first(a), "edited": _first(b)}
+        self._floats = _first(a) / 255, _first(b) / 255
         if metrics.plain:  # unrounded, unless a file rounds
-            self._floats = source.clamp(0, 1).movedim(-1, 0), _first(b) / 255 if metrics.jpeg else edited.clamp(0, 1).movedim(-1, 0)
-        else:
-            self._floats = _first(a) / 255, _first(b) / 255
+            source, edited = (rearrange(x.clamp(0, 1), "h w c -> c h w") for x in (source, edited))
+            self._floats = source, self._floats[1] if metrics.jpeg else edited
 
     def on(self, device, part):
         """Source, edit [3, H, W] in 0..1, part (or None) and mask [H, W], all on a device."""
@@ -221,4 +231,4 @@ class _Pair:
 
 def _first(values):
     """numpy [H, W, 3] to torch [3, H, W]."""
-    return torch.from_numpy(values.copy()).movedim(-1, 0)
+    return rearrange(torch.from_numpy(values.copy()), "h w c -> c h w")

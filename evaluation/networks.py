@@ -71,7 +71,8 @@ class Networks:
         """The folder of a network, or None."""
         known = NETWORKS[name]
         for folder in self._candidates(name, known):
-            if all(any((folder / f).is_file() for f in ([file] if isinstance(file, str) else file)) for file in known.files):
+            choices = [[file] if isinstance(file, str) else file for file in known.files]
+            if all(any((folder / file).is_file() for file in files) for files in choices):
                 return folder
         return None
 
@@ -84,9 +85,9 @@ class Networks:
         elif importlib.util.find_spec("huggingface_hub"):
             from huggingface_hub import try_to_load_from_cache
 
-            found = try_to_load_from_cache(known.repo, CONFIG)
-            if isinstance(found, str):
-                yield Path(found).parent
+            config = try_to_load_from_cache(known.repo, CONFIG)
+            if isinstance(config, str):
+                yield Path(config).parent
 
     def reason(self, name):
         """Why a network cannot be used, a sentence; None where it is in place."""
@@ -126,13 +127,14 @@ class Networks:
                         module.load_state_dict(state, assign=True)
                     self._loaded[name] = module.eval()
                 except Exception as error:  # whatever a library makes of a damaged or foreign file
-                    reason = f"The network {name} in {folder} could not be loaded ({str(error)[:300]}): put it there anew."
+                    why = str(error)[:300]
+                    reason = f"The network {name} in {folder} could not be loaded ({why}): put it there anew."
             if reason is not None:
                 self._loaded[name] = Missing(reason)
-        found = self._loaded[name]
-        if isinstance(found, Missing):
-            raise found
-        return found, self.place(found) if self.place else torch.device(device)
+        network = self._loaded[name]
+        if isinstance(network, Missing):
+            raise network
+        return network, self.place(network) if self.place else torch.device(device)
 
 
 class Keys(torch.nn.Module):
@@ -145,8 +147,8 @@ class Keys(torch.nn.Module):
     def __init__(self, vit):
         super().__init__()
         self.vit, self.patch = vit, vit.config.patch_size
-        names = [n for n, _ in vit.named_modules() if n.rpartition(".")[2] in ("key", "k_proj")]  # by transformers' version
-        self.layer = names[-1]
+        keys = ("key", "k_proj")  # by transformers' version
+        self.layer = [name for name, _ in vit.named_modules() if name.rpartition(".")[2] in keys][-1]
 
     def forward(self, pixels):
         kept = []
@@ -183,7 +185,7 @@ def _tensor(features):
 
 
 class Processor:
-    """CLIP's way of preparing pictures by PIL, as in the published evaluation, and words, cut where they are too long."""
+    """CLIP's preparation of pictures, by PIL as in the published evaluation, and of words, cut where too long."""
 
     def __init__(self, pictures, words, longest):
         self.pictures, self.words, self.longest = pictures, words, longest
@@ -218,10 +220,11 @@ class Lpips(torch.nn.Module):
 
         with device:
             self.net = lpips._LPIPS(pretrained=True, net=name, pnet_rand=True)
-        state, own = load_file(folder / WEIGHTS), self.net.net.state_dict()
+        state, wanted = load_file(folder / WEIGHTS), self.net.net.state_dict()
         # "features.3.squeeze.weight" of torchvision is "slices.1.3.squeeze.weight" here
-        given = {key: state.get("features." + key.split(".", 2 if key.startswith("slices.") else 1)[-1]) for key in own}
-        absent = [key for key, value in given.items() if value is None or value.shape != own[key].shape]
+        names = {key: key.split(".", 2 if key.startswith("slices.") else 1)[-1] for key in wanted}
+        given = {key: state.get(f"features.{name}") for key, name in names.items()}
+        absent = [key for key, value in given.items() if value is None or value.shape != wanted[key].shape]
         if absent:
             raise ValueError(f"it is not torchvision's {LPIPS[name]}: {absent[0]} is missing or of another shape")
         self.net.net.load_state_dict(given)

@@ -2,7 +2,7 @@
 
 "pie-bench" (the published evaluation's matrics_calculator.py, read at cure-lab/PnPInversion@07f97f4):
 - pictures are 8-bit files;
-- both pictures are multiplied by the part's mask and compared as whole frames: the pixels left out are equal, and count.
+- both pictures are multiplied by the part's mask and compared as whole frames: the pixels left out are equal and count.
   With a share f of the picture measured, MSE is f times, and PSNR 10 log10(1/f) dB more than over the part alone
   (3.01 dB at a half); in LPIPS they are -1, which is black;
 - SSIM's mean leaves out 5 pixels along the border, as torchmetrics did before 1.5 (its pull request 2721).
@@ -77,11 +77,12 @@ def ns_lpips(source, edited, mask, plain, network):
     """StyleDiffusion's NS-LPIPS: LPIPS outside the mask.
 
     Its script (eval_metrics/ns_lpips.py, sen-mao/StyleDiffusion@07b388a) brings pictures and mask to 256 x 256 with
-    PIL, multiplies with a mask that is soft at its edges (the binary one is overwritten), and gives LPIPS values in 0..1
-    where it expects -1..1. "plain" is `lpips`. Arguments as `psnr`; mask float [H, W], 1 where the edit may change.
+    PIL, multiplies with a mask that is soft at its edges (the binary one is overwritten), and gives LPIPS values in
+    0..1 where it expects -1..1. "plain" is `lpips`. Arguments as `psnr`; mask float [H, W], 1 where the edit may
+    change.
     """
     if plain:
-        return lpips(source, edited, 1 - mask, True, network)
+        return lpips(source, edited, 1 - mask, plain=True, network=network)
     a, b, keep = (_resized(x).to(source.device) for x in (edited, source, 1 - mask[None]))
     return float(network((a * keep)[None], (b * keep)[None]))
 

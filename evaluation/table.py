@@ -6,7 +6,7 @@ import math
 from .metrics import METRICS
 
 
-def number(name, value):
+def number(name: str, value: float | None) -> str:
     """A value as the papers print it, in the scale of its heading."""
     if value is None:
         return "-"
@@ -42,12 +42,12 @@ def mean(rows):
     """
     means = {}
     for name in rows[0]:
-        found = [row[name] for row in rows if row[name] is not None]
-        means[name] = mean_of(found) if found else None
+        measured = [row[name] for row in rows if row[name] is not None]
+        means[name] = mean_of(measured) if measured else None
     return means
 
 
-def mean_of(values):
+def mean_of(values) -> float:
     """Mean of the numbers that are not nan, as the published evaluation takes it; nan where all are."""
     counted = [value for value in values if not math.isnan(value)]
     return sum(counted) / len(counted) if counted else math.nan

@@ -12,7 +12,7 @@ class NewerVersion(ValueError):
     """A file of a later version of its format."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FileKind:
     """A kind of file: safetensors whose metadata begin with a format and its version.
 
@@ -35,14 +35,14 @@ class FileKind:
     tensor_limit: int = TENSOR_LIMIT
 
     @property
-    def metadata(self):
+    def metadata(self) -> dict[str, str]:
         """The first entries of a new file's metadata."""
         return {"format": self.format, "version": str(self.version)}
 
-    def open(self, path):
+    def open(self, path) -> TensorFile:
         return TensorFile(path, self.header_limit, self.tensor_limit)
 
-    def matches(self, path):
+    def matches(self, path) -> bool:
         """Whether a file seems to be of this kind, from its name or the beginning of it alone."""
         if path.endswith(self.suffix):
             return True
@@ -52,19 +52,19 @@ class FileKind:
         except ValueError:
             return False
 
-    def check_version(self, words):
+    def check_version(self, metadata: dict[str, str]):
         """Refuse the metadata of another kind of file or of a later version.
 
         Raises:
             ValueError: says which.
         """
-        if words.get("format") != self.format:
+        if metadata.get("format") != self.format:
             raise ValueError(f"it is another kind of file, such as {self.other}")
-        if not re.fullmatch("[1-9][0-9]{0,8}", words.get("version", "")):
+        if not re.fullmatch("[1-9][0-9]{0,8}", metadata.get("version", "")):
             raise ValueError("it does not say which version of the format it has")
-        if int(words["version"]) > self.version:
+        if int(metadata["version"]) > self.version:
             raise NewerVersion(
-                f"This {self.what} was saved by a newer version of this pack (file format {words['version']}; this "
+                f"This {self.what} was saved by a newer version of this pack (file format {metadata['version']}; this "
                 f"version reads up to {self.version}): update the pack to load it."
             )
 
@@ -80,3 +80,15 @@ class FileKind:
             raise ValueError(
                 f"'{name}' cannot be loaded as an {self.what}: {str(why).rstrip('.')}. {self.advice}"
             ) from None
+
+
+@contextlib.contextmanager
+def whole(path):
+    """Yields the path of a file to write, which takes the place of `path` at the end: complete, or not at all."""
+    part = f"{path}.part"
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        if os.path.exists(part):
+            os.remove(part)

@@ -14,26 +14,29 @@ Version 1 is the only one so far. A reader refuses what a later one may mean dif
 import hashlib
 import json
 import math
-import os
 
 import safetensors.torch
 import torch
 
 from ..samplers.methods.families import FAMILIES
 from ..samplers.methods.record import Inversion, check_sigmas
-from .file_kind import FileKind
-from .tensor_file import HEADER_LIMIT, parse
+from .file_kind import FileKind, whole
+from .tensor_file import DTYPE_NAMES, HEADER_LIMIT, Entry, TensorFile, parse, title
 
 KIND = FileKind(
-    "ledits-inversion", 1, ".ledits.safetensors", "inversion", "a checkpoint or LoRA",
-    "Choose a file that Save Inversion has written, or invert the picture again.",
+    format="ledits-inversion",
+    version=1,
+    suffix=".ledits.safetensors",
+    what="inversion",
+    other="a checkpoint or LoRA",
+    advice="Choose a file that Save Inversion has written, or invert the picture again.",
 )
 STEP_LIMIT = 10_000
 _WORDS = ("method", "family", "model")
-_RANKS = {"negative": 4, "negative_pooled": 2, "value": 5}  # of what an inversion may prescribe, `Inversion.overrides`
+_RANKS = {"negative": 4, "negative_pooled": 2, "value": 5}  # of the embeddings in `Inversion.overrides`
 
 
-def save(path, inversion, latent_format, half=False):
+def save(path, inversion: Inversion, latent_format, half=False):
     """Write an inversion. The file is complete or not there at all.
 
     Args:
@@ -49,10 +52,9 @@ def save(path, inversion, latent_format, half=False):
         ValueError: float16 cannot hold the numbers, or the settings are too long.
         OSError: the file cannot be written.
     """
-    own = {"latents": inversion.latents, "residuals": inversion.residuals}
-    own |= {f"overrides.{name}": value for name, value in inversion.overrides.items()}
-    # clone: safetensors refuses tensors that share memory, as an expanded embedding does
-    exact = {name: _plain(value) for name, value in own.items() if value is not None}
+    tensors = {"latents": inversion.latents, "residuals": inversion.residuals}
+    tensors |= {f"overrides.{name}": value for name, value in inversion.overrides.items()}
+    exact = {name: _plain(value) for name, value in tensors.items() if value is not None}
     stored, cost = exact, None
     if half:
         stored = {name: value.half() for name, value in exact.items()}
@@ -71,17 +73,12 @@ def save(path, inversion, latent_format, half=False):
         metadata["rounding"] = _json(cost)
     if len(json.dumps(metadata)) > HEADER_LIMIT // 2:
         raise ValueError("The prompt or the settings of this inversion are too long to be stored: shorten the prompt.")
-    part = f"{path}.part"
-    try:
+    with whole(path) as part:
         safetensors.torch.save_file(stored, part, metadata)
-        os.replace(part, path)
-    finally:
-        if os.path.exists(part):
-            os.remove(part)
     return cost
 
 
-def load(path, make_latent_format):
+def load(path, make_latent_format) -> Inversion:
     """Read an inversion. Allocates no more than the record itself, and nothing of its size for a file it refuses early.
 
     Args:
@@ -97,13 +94,7 @@ def load(path, make_latent_format):
     """
     with KIND.refusals(path), KIND.open(path) as file:
         header, entries, settings, latent_format = _header(file, make_latent_format)
-        digest = hashlib.sha256()
-        tensors = {}
-        for name in sorted(entries):
-            _describe_to(digest, name, entries[name].dtype, entries[name].shape)
-            tensors[name] = file.read(entries[name], digest)
-        if digest.hexdigest() != header["sha256"]:
-            raise ValueError("its numbers are not those that were saved: it is damaged")
+        tensors = file.read_all(entries, header["sha256"])
         _check_levels(tensors["sigmas"], tensors["etas"])
         overrides = {n.removeprefix("overrides."): t for n, t in tensors.items() if n.startswith("overrides.")}
         return Inversion(
@@ -126,20 +117,20 @@ def check(path, make_latent_format):
         _header(file, make_latent_format)
 
 
-def _header(file, make_latent_format):
+def _header(file: TensorFile, make_latent_format):
     """The header, checked: metadata, entries, settings, latent format."""
-    header = _words(file)
+    header = _metadata(file)
     entries = file.entries()
     _check_shapes(entries, header["dtype"])
     return header, entries, _settings(header), _latent_format(header, entries["latents"].shape[2], make_latent_format)
 
 
-def source_hash(inversion):
+def source_hash(inversion: Inversion) -> str:
     """SHA-256 of the encoded picture in float32, equal for all inversions of one picture by one VAE."""
     return hashlib.sha256(_plain(inversion.latents[-1]).numpy()).hexdigest()
 
 
-def rounding(inversion, stored):
+def rounding(inversion: Inversion, stored: dict[str, torch.Tensor]):
     """The error of storing an inversion as `stored`, predictions of the model held fixed.
 
     The update is linear, so the error of a replay follows `e_{i+1} = keep * e_i + (R~_i - R_i)`, `e_0 = y~_0 - y_0`.
@@ -176,7 +167,7 @@ def _size(error, exact):
     return {"abs": largest, "rel": largest / rms if rms else 0.0}
 
 
-def _words(file):
+def _metadata(file: TensorFile):
     """The metadata of an inversion, checked as far as they do not depend on the tensors."""
     header = file.metadata
     KIND.check_version(header)
@@ -196,10 +187,10 @@ def _settings(header):
     settings = parse(header["settings"], "settings")
     if not isinstance(settings, dict):
         raise ValueError("its settings cannot be read")
-    own = {"source_prompt": header["source_prompt"]} if "source_prompt" in header else {}
+    noted = {"source_prompt": header["source_prompt"]} if "source_prompt" in header else {}
     if header["dtype"] == "float16" and "rounding" in header:
-        own["float16"] = parse(header["rounding"], "header")
-    return {k: v for k, v in settings.items() if k != "source_prompt"} | own
+        noted["float16"] = parse(header["rounding"], "header")
+    return {k: v for k, v in settings.items() if k != "source_prompt"} | noted
 
 
 def _latent_format(header, channels, make):
@@ -209,8 +200,8 @@ def _latent_format(header, channels, make):
     return latent_format
 
 
-def _check_shapes(entries, dtype):
-    """That the tensors of a file are those of an inversion, and fit each other."""
+def _check_shapes(entries: dict[str, Entry], dtype: str):
+    """Refuse tensors that are not those of an inversion, or do not fit each other."""
     missing = [name for name in ("sigmas", "etas", "latents") if name not in entries]
     if missing:
         raise ValueError(f"its tensor '{missing[0]}' is missing")
@@ -228,7 +219,9 @@ def _check_shapes(entries, dtype):
         if name in expected:
             fits = entry.shape == expected[name]
         elif name == kind or kind not in _RANKS:
-            raise ValueError(f"it holds {name[:80]!r}, which this version cannot apply (update the pack if it is newer)")
+            raise ValueError(
+                f"it holds {name[:80]!r}, which this version cannot apply (update the pack if it is newer)"
+            )
         else:
             fits = len(entry.shape) == _RANKS[kind] and _embedding_fits(kind, entry.shape, steps, pictures)
         if not fits:
@@ -253,6 +246,7 @@ def _check_levels(sigmas, etas):
 
 
 def _plain(tensor):
+    """A copy in float32 on the CPU: safetensors refuses tensors that share memory, as an expanded embedding does."""
     return tensor.detach().to("cpu", torch.float32).clone(memory_format=torch.contiguous_format)
 
 
@@ -260,13 +254,9 @@ def _digest(tensors):
     digest = hashlib.sha256()
     for name in sorted(tensors):
         value = tensors[name]
-        _describe_to(digest, name, {torch.float32: "F32", torch.float16: "F16"}[value.dtype], tuple(value.shape))
+        digest.update(title(name, DTYPE_NAMES[value.dtype], value.shape))
         digest.update(value.numpy())
     return digest.hexdigest()
-
-
-def _describe_to(digest, name, dtype, shape):
-    digest.update(f"{name} {dtype} {list(shape)}\n".encode())
 
 
 def _json(value):

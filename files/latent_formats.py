@@ -1,16 +1,16 @@
-"""A latent format as plain values for a file, and back. Nothing but ComfyUI's classes and registered ones is ever made."""
+"""A latent format as plain values for a file, and back. Only ComfyUI's classes and registered ones are ever made."""
 
 import comfy.latent_formats
 import torch
 
 # Attributes in which instances of one class differ; everything else belongs to the class.
 _STATE = ("scale_factor", "latent_rgb_factors", "latent_rgb_factors_bias")
-_own = {}  # classes of this pack by name, see `register`
+_registered = {}  # classes of this pack by name, see `register`
 
 
 def register(cls):
     """Let files hold latents of a class of this pack, under its name; it is made without arguments."""
-    _own[cls.__name__] = cls
+    _registered[cls.__name__] = cls
 
 
 def describe(latent_format):
@@ -26,8 +26,8 @@ def describe(latent_format):
     if known is not type(latent_format):
         raise ValueError(f"The latents of this model ({name}) are of a kind that cannot be stored yet.")
     fresh = known()
-    own = {k: getattr(latent_format, k) for k in _STATE if getattr(latent_format, k) != getattr(fresh, k)}
-    description = {"name": name, **own}
+    changed = {k: getattr(latent_format, k) for k in _STATE if getattr(latent_format, k) != getattr(fresh, k)}
+    description = {"name": name, **changed}
     if not equal(make(description), latent_format):
         raise ValueError(f"The latent format of this model ({name}) was changed in a way that cannot be stored.")
     return description
@@ -72,13 +72,15 @@ def equal(a, b):
             return torch.equal(x, y)
         return x == y or (callable(x) and callable(y))  # functions are made anew for every instance
 
-    return type(a) is type(b) and vars(a).keys() == vars(b).keys() and all(same(v, vars(b)[k]) for k, v in vars(a).items())
+    if type(a) is not type(b) or vars(a).keys() != vars(b).keys():
+        return False
+    return all(same(value, vars(b)[name]) for name, value in vars(a).items())
 
 
 def _classes():
     base = comfy.latent_formats.LatentFormat
     stock = {n: c for n, c in vars(comfy.latent_formats).items() if isinstance(c, type) and issubclass(c, base)}
-    return stock | _own
+    return stock | _registered
 
 
 def _colour(value):

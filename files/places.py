@@ -11,7 +11,7 @@ from .file_kind import FileKind
 DEPTH = 5  # folders below input or output in which files are looked for
 
 
-def inside(folder, path):
+def inside(folder, path) -> bool:
     """Whether a path lies in a folder, links followed."""
     folder, path = os.path.realpath(folder), os.path.realpath(path)
     try:
@@ -20,38 +20,41 @@ def inside(folder, path):
         return False
 
 
-def relative(name, what):
+def relative(name: str, what: str) -> str:
     """A file name or prefix as a relative path with `/`.
 
     Raises:
         ValueError: absolute, with a drive, or with a step up; `what` names it in the sentence.
     """
     parts = re.split(r"[/\\]", name)
-    if not name.strip() or os.path.isabs(name) or not parts[0] or ".." in parts or ":" in name or not name.isprintable():
-        raise ValueError(f"{what} {name[:80]!r} is not a plain name inside of ComfyUI's own folders: use letters, digits "
-                         "and '/' for subfolders.")
+    plain = name.strip() and name.isprintable() and ":" not in name
+    if not plain or os.path.isabs(name) or not parts[0] or ".." in parts:
+        raise ValueError(f"{what} {name[:80]!r} is not a plain name inside of ComfyUI's own folders: use letters, "
+                         "digits and '/' for subfolders.")
     return "/".join(parts)
 
 
-def path_of(file):
+def path_of(file: str) -> str:
     """The path of a file by its name in the picker, "name" or "name [output]".
 
     Raises:
         ValueError: it is not in ComfyUI's input or output folder, or not there at all.
     """
-    name, _, kind = file.rpartition(" [") if file.endswith((" [input]", " [output]")) else (file, "", "input]")
-    folder = folder_paths.get_directory_by_type(kind.rstrip("]"))
+    name, kind = file, "input"
+    if file.endswith((" [input]", " [output]")):
+        name, _, kind = file[:-1].rpartition(" [")
+    folder = folder_paths.get_directory_by_type(kind)
     path = os.path.join(folder, *relative(name, "The file").split("/"))
     if not inside(folder, path):
-        raise ValueError(f"'{name}' is a link that leads out of ComfyUI's {kind.rstrip(']')} folder: copy the file there.")
+        raise ValueError(f"'{name}' is a link that leads out of ComfyUI's {kind} folder: copy the file there.")
     if not os.path.isfile(path):
         raise ValueError(
-            f"There is no '{name}' in ComfyUI's {kind.rstrip(']')} folder. Press R to refresh the list, and choose again."
+            f"There is no '{name}' in ComfyUI's {kind} folder. Press R to refresh the list, and choose again."
         )
     return os.path.realpath(path)
 
 
-def found(file_kind: FileKind) -> list[str]:
+def list_files(file_kind: FileKind) -> list[str]:
     """Names of all files of a `FileKind` in the output and input folders, newest first."""
     files = []
     for kind in ("output", "input"):
@@ -87,7 +90,7 @@ def with_date(prefix, now=None):
     )
 
 
-def new_file(prefix, suffix, width=0, height=0):
+def new_file(prefix: str, suffix: str, width=0, height=0) -> tuple[str, str, str]:
     """A file to write in the output folder: (path, name, subfolder).
 
     Args:
@@ -106,6 +109,7 @@ def new_file(prefix, suffix, width=0, height=0):
     return os.path.join(folder, name), name, subfolder
 
 
-def size_of(path):
+def size_of(path) -> str:
+    """The size of a file in words."""
     size = os.path.getsize(path)
     return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"

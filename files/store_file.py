@@ -12,21 +12,26 @@ Written and read piece by piece, as stored: a store may take most of the memory.
 
 import hashlib
 import json
-import os
 import re
 import struct
 
 import torch
 
 from ..attention_hooks.store import AttentionStore, Origin
-from .file_kind import FileKind
+from .file_kind import FileKind, whole
 from .inversion_file import STEP_LIMIT
+from .tensor_file import DTYPE_NAMES, Entry, TensorFile, title
 
 KIND = FileKind(
-    "ledits-attention-store", 1, ".ledits-store.safetensors", "attention store", "an inversion or a checkpoint",
-    "Choose a file that Save Attention Store has written, or capture again.",
+    format="ledits-attention-store",
+    version=1,
+    suffix=".ledits-store.safetensors",
+    what="attention store",
+    other="an inversion or a checkpoint",
+    advice="Choose a file that Save Attention Store has written, or capture again.",
     # All controls together read 600 tensors of SDXL's 70 layers: a header of 80 kB.
-    header_limit=128 * 1024, tensor_limit=1024,
+    header_limit=128 * 1024,
+    tensor_limit=1024,
 )
 _NUMBER = "(?:0|[1-9][0-9]{0,3})"
 _LAYER = rf"(?:input|middle|output)\.{_NUMBER}\.{_NUMBER}"
@@ -35,12 +40,12 @@ _STEPS = re.compile(rf"{_NUMBER}(?:-{_NUMBER})?(?:,{_NUMBER}(?:-{_NUMBER})?)*")
 _ABOUT = "about/"
 
 
-def nbytes(store, half=False):
+def nbytes(store: AttentionStore, half=False) -> int:
     """Size of the numbers that `save` writes."""
     return sum(t.numel() * _dtype(store, half).itemsize for t in store.tensors().values())
 
 
-def save(path, store, half=False):
+def save(path, store: AttentionStore, half=False):
     """Write a store. The file is complete or not there at all.
 
     Args:
@@ -53,39 +58,33 @@ def save(path, store, half=False):
         OSError: the file cannot be written.
     """
     dtype = _dtype(store, half)
-    parts = {_ABOUT + branch: ([words], torch.float32, words.shape) for branch, words in store.origin.prompts.items()}
+    prompts = store.origin.prompts
+    parts = {_ABOUT + branch: ([prompt], torch.float32, prompt.shape) for branch, prompt in prompts.items()}
     for slot, steps in _by_slot(store).items():
         shape = (len(steps), *next(iter(steps.values())).shape)
         parts[f"{slot}/{_text(sorted(steps))}"] = [steps[step] for step in sorted(steps)], dtype, shape
     entries, end = {}, 0
     for name in sorted(parts):  # the prompts' float32 first, so that all numbers are aligned
-        _, its, shape = parts[name]
-        begin, end = end, end + torch.Size(shape).numel() * its.itemsize
-        entries[name] = {"dtype": _NAMES[its], "shape": list(shape), "data_offsets": [begin, end]}
-    words = KIND.metadata | {"dtype": str(dtype).removeprefix("torch."),
-             "model": store.origin.model, "path": store.origin.path}
-    part = f"{path}.part"
-    try:
-        with open(part, "wb") as file:
-            file.write(_head(words, entries, "0" * 64))
-            sha256 = _write(file, parts)
-            file.seek(0)
-            file.write(_head(words, entries, sha256))
-        os.replace(part, path)
-    finally:
-        if os.path.exists(part):
-            os.remove(part)
+        _, stored_as, shape = parts[name]
+        begin, end = end, end + torch.Size(shape).numel() * stored_as.itemsize
+        entries[name] = {"dtype": DTYPE_NAMES[stored_as], "shape": list(shape), "data_offsets": [begin, end]}
+    origin, dtype_name = store.origin, str(dtype).removeprefix("torch.")
+    metadata = KIND.metadata | {"dtype": dtype_name, "model": origin.model, "path": origin.path}
+    with whole(path) as part, open(part, "wb") as file:
+        file.write(_head(metadata, entries, "0" * 64))
+        sha256 = _write(file, parts)
+        file.seek(0)
+        file.write(_head(metadata, entries, sha256))
 
 
-_NAMES = {torch.float32: "F32", torch.float16: "F16"}
-
-
-def _head(words, entries, sha256):
+def _head(metadata, entries, sha256):
     """The beginning of the file; of the same length whatever the checksum."""
-    text = json.dumps({"__metadata__": words | {"sha256": sha256}, **entries}, separators=(",", ":")).encode()
+    text = json.dumps({"__metadata__": metadata | {"sha256": sha256}, **entries}, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     if len(text) > KIND.header_limit or len(entries) > KIND.tensor_limit:
-        raise ValueError("This store holds too many layers and windows to be saved: capture it for fewer controls or blocks.")
+        raise ValueError(
+            "This store holds too many layers and windows to be saved: capture it for fewer controls or blocks."
+        )
     return struct.pack("<Q", len(text)) + text
 
 
@@ -94,20 +93,20 @@ def _write(file, parts):
     digest = hashlib.sha256()
     for name in sorted(parts):
         tensors, dtype, shape = parts[name]
-        _describe_to(digest, name, _NAMES[dtype], shape)
+        digest.update(title(name, DTYPE_NAMES[dtype], shape))
         for tensor in tensors:
             numbers = tensor.detach().to("cpu", dtype).contiguous()
             if not torch.isfinite(numbers).all():
                 raise ValueError(
-                    "This store holds numbers that float16 cannot hold (above 65504) or that are no numbers: capture and "
-                    "save it as float32."
+                    "This store holds numbers that float16 cannot hold (above 65504) or that are no numbers: capture "
+                    "and save it as float32."
                 )
             digest.update(numbers.numpy())
             file.write(numbers.numpy())
     return digest.hexdigest()
 
 
-def load(path):
+def load(path) -> AttentionStore:
     """Read a store. Allocates no more than its numbers, and nothing of their size for a file that is refused early.
 
     Returns:
@@ -117,17 +116,12 @@ def load(path):
         ValueError: a sentence that says what is wrong with the file.
     """
     with KIND.refusals(path), KIND.open(path) as file:
-        words, entries, steps = _header(file)
-        digest, tensors = hashlib.sha256(), {}
-        for name in sorted(entries):
-            _describe_to(digest, name, entries[name].dtype, entries[name].shape)
-            tensors[name] = file.read(entries[name], digest, as_stored=True)
-        if digest.hexdigest() != words["sha256"]:
-            raise ValueError("its numbers are not those that were saved: it is damaged")
+        header, entries, steps = _header(file)
+        tensors = file.read_all(entries, header["sha256"], as_stored=True)
     prompts = {name.removeprefix(_ABOUT): t for name, t in tensors.items() if name.startswith(_ABOUT)}
-    store = AttentionStore(origin=Origin(words["path"], words["model"], prompts))
-    for name, own in steps.items():
-        for step, tensor in zip(own, tensors[name]):
+    store = AttentionStore(origin=Origin(header["path"], header["model"], prompts))
+    for name, steps_of_name in steps.items():
+        for step, tensor in zip(steps_of_name, tensors[name]):
             store.add_named(f"{step}/{name.rpartition('/')[0]}", tensor)
     return store
 
@@ -138,29 +132,31 @@ def check(path):
         _header(file)
 
 
-def _header(file):
+def _header(file: TensorFile):
     """The header, checked: metadata, entries, and the steps of every captured tensor."""
-    words = file.metadata
-    KIND.check_version(words)
-    if not words.get("model", "").isprintable() or not 0 < len(words.get("model", "")) <= 500:
+    header = file.metadata
+    KIND.check_version(header)
+    if not header.get("model", "").isprintable() or not 0 < len(header.get("model", "")) <= 500:
         raise ValueError("its header does not name the model")
-    if not re.fullmatch("[0-9a-f]{64}", words.get("path", "")) or "sha256" not in words:
+    if not re.fullmatch("[0-9a-f]{64}", header.get("path", "")) or "sha256" not in header:
         raise ValueError("its header does not say which picture it belongs to")
-    if words.get("dtype") not in ("float32", "float16"):
+    if header.get("dtype") not in ("float32", "float16"):
         raise ValueError("its numbers are neither float32 nor float16")
     entries = file.entries()
-    return words, entries, _check_entries(entries, {"float32": "F32", "float16": "F16"}[words["dtype"]])
+    return header, entries, _check_entries(entries, {"float32": "F32", "float16": "F16"}[header["dtype"]])
 
 
-def _check_entries(entries, dtype):
-    """That the tensors of a file are those of a store and fit each other; {name: steps} of what was captured."""
+def _check_entries(entries: dict[str, Entry], dtype: str) -> dict[str, list[int]]:
+    """{name: steps} of all that was captured; tensors that are not those of a store or do not fit are refused."""
     steps, slots, pictures = {}, set(), set()
     for name, entry in entries.items():
         slot, _, text = name.rpartition("/")
         if name in (_ABOUT + "source", _ABOUT + "negative"):
             fits = entry.dtype == "F32" and len(entry.shape) == 3
         elif not _SLOT.fullmatch(slot) or not _STEPS.fullmatch(text):
-            raise ValueError(f"it holds {name[:80]!r}, which this version cannot apply (update the pack if it is newer)")
+            raise ValueError(
+                f"it holds {name[:80]!r}, which this version cannot apply (update the pack if it is newer)"
+            )
         else:
             steps[name] = _numbers(text)
             fits = len(entry.shape) == (5 if "/feature/" in name else 4) and entry.shape[0] == len(steps[name])
@@ -168,7 +164,9 @@ def _check_entries(entries, dtype):
             slots.add(slot)
             pictures.add(entry.shape[1] if fits else 0)
         if not fits:
-            raise ValueError(f"its tensor {name[:80]!r} is not what its name promises ({entry.dtype} {list(entry.shape)})")
+            raise ValueError(
+                f"its tensor {name[:80]!r} is not what its name promises ({entry.dtype} {list(entry.shape)})"
+            )
     missing = {slot.split("/")[0] for slot in slots} - {name.removeprefix(_ABOUT) for name in entries}
     if missing or not slots:
         raise ValueError(f"its {'prompt is' if missing else 'tensors are'} missing")
@@ -208,7 +206,3 @@ def _numbers(text):
             raise ValueError(f"'{text[:80]}' in the name of a tensor are no steps")
         out += steps
     return out
-
-
-def _describe_to(digest, name, dtype, shape):
-    digest.update(f"{name} {dtype} {list(shape)}\n".encode())

@@ -8,6 +8,7 @@ Layout (https://github.com/huggingface/safetensors): uint64 little-endian length
 `{"__metadata__": {str: str}, name: {"dtype", "shape", "data_offsets": [begin, end]}, ...}`, the data without gaps.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -22,15 +23,16 @@ HEADER_LIMIT = 64 * 1024  # bytes; Python objects made from JSON can take 30 tim
 TENSOR_LIMIT = 16
 RANK_LIMIT = 6
 DTYPES = {"F32": numpy.dtype("<f4"), "F16": numpy.dtype("<f2")}
+DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16"}
 _PIECE = 1 << 18  # numbers converted at once
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Entry:
     """Where a tensor lies: dtype "F32" or "F16", shape, first byte from the beginning of the file, bytes."""
 
     dtype: str
-    shape: tuple
+    shape: tuple[int, ...]
     begin: int
     size: int
 
@@ -94,7 +96,7 @@ class TensorFile:
             raise ValueError("its header is not that of a safetensors file")
         return header, 8 + length
 
-    def entries(self):
+    def entries(self) -> dict[str, Entry]:
         """{name: Entry}, checked: the tensors fill the rest of the file exactly, without gap or overlap.
 
         Raises:
@@ -102,15 +104,15 @@ class TensorFile:
         """
         if not 0 < len(self._header) <= self._tensor_limit:
             raise ValueError(f"it holds {len(self._header)} tensors, not 1 to {self._tensor_limit}")
-        found = {name: self._entry(name[:80], item) for name, item in self._header.items()}
+        entries = {name: self._entry(name[:80], item) for name, item in self._header.items()}
         at = self._start
-        for entry in sorted(found.values(), key=lambda e: e.begin):
+        for entry in sorted(entries.values(), key=lambda e: e.begin):
             if entry.begin != at:
                 raise ValueError("its tensors overlap or leave gaps")
             at += entry.size
         if at != self.size:
             raise ValueError(f"it has {self.size} bytes where its header promises {at}: it is cut off or damaged")
-        return found
+        return entries
 
     def _entry(self, name, item):
         if not isinstance(item, dict) or item.keys() != {"dtype", "shape", "data_offsets"}:
@@ -125,9 +127,26 @@ class TensorFile:
         size = offsets[1] - offsets[0]
         if math.prod(shape) * DTYPES[dtype].itemsize != size:
             raise ValueError(f"the shape of its tensor {name!r} does not fit its {size} bytes")
-        return Entry(dtype, tuple(shape), self._start + offsets[0], size)
+        return Entry(dtype=dtype, shape=tuple(shape), begin=self._start + offsets[0], size=size)
 
-    def read(self, entry, digest, as_stored=False):
+    def read_all(self, entries: dict[str, Entry], sha256: str, as_stored=False) -> dict[str, torch.Tensor]:
+        """All tensors, see `read`.
+
+        Args:
+            sha256: their checksum: of each in the order of the names, its `title` and its bytes as they are stored.
+
+        Raises:
+            ValueError: another checksum; also as `read`.
+        """
+        digest, tensors = hashlib.sha256(), {}
+        for name in sorted(entries):
+            digest.update(title(name, entries[name].dtype, entries[name].shape))
+            tensors[name] = self.read(entries[name], digest, as_stored)
+        if digest.hexdigest() != sha256:
+            raise ValueError("its numbers are not those that were saved: it is damaged")
+        return tensors
+
+    def read(self, entry: Entry, digest, as_stored=False) -> torch.Tensor:
         """A tensor as float32.
 
         Args:
@@ -154,6 +173,11 @@ class TensorFile:
             digest.update(part)
             flat[begin : begin + len(part)] = part
         return out
+
+
+def title(name: str, dtype: str, shape) -> bytes:
+    """The line before a tensor's numbers in the checksum of a file."""
+    return f"{name} {dtype} {list(shape)}\n".encode()
 
 
 def parse(text, what):

@@ -1,1 +1,1 @@
-"""V3 node schemas. What the nodes do is in the packages below; here are sockets, widgets and words."""
+"""Nodes of ComfyUI's V3 API: sockets, widgets and tooltips. The methods themselves are in the packages below."""

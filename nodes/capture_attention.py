@@ -9,8 +9,8 @@ from ..samplers import models
 from ..samplers.capture_sampler import CaptureSampler
 from ..samplers.guider import LeditsGuider
 from . import feedback, sockets
-from .edit_prompts import CATEGORY
-from .sampling import sigmas_after
+from .attention_inputs import CATEGORY
+from .edit_inputs import sigmas_after
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
@@ -22,13 +22,13 @@ class CaptureAttention(io.ComfyNode):
             node_id="LEDITS_CaptureAttention",
             display_name="Capture Attention",
             category=CATEGORY,
-            description="Runs the source picture once and keeps what attention controls read of it, so that every further "
-            "edit of the picture costs what plain sampling costs.",
+            description="Runs the source picture once and keeps what attention controls read of it, so that every "
+            "further edit of the picture costs what plain sampling costs.",
             search_aliases=["attention store", "source attention", "cache attention"],
             inputs=[
                 io.Model.Input("model", tooltip="The model that will make the edits."),
-                io.Conditioning.Input("negative", tooltip="The edits' negative. Only P2Plus, MasaCtrl and controls without "
-                                      "a source prompt read it."),
+                io.Conditioning.Input("negative", tooltip="The edits' negative. Only P2Plus, MasaCtrl and controls "
+                                      "without a source prompt read it."),
                 sockets.Inversion.Input("inversion", tooltip="The picture's path, the same as the sampler's."),
                 sockets.Attention.Input("attention", tooltip="The controls to capture for. Other target prompts, and "
                                         "shorter windows, can use the store too."),
@@ -36,8 +36,8 @@ class CaptureAttention(io.ComfyNode):
                 io.Combo.Input("precision", options=list(DTYPES), default="float16", optional=True, advanced=True,
                                tooltip="float16 takes half the memory."),
                 io.Boolean.Input("all_steps", default=False, optional=True, advanced=True,
-                                 tooltip="Keep every step, not only those inside the controls' windows, so that windows can "
-                                 "be changed later. Takes more memory."),
+                                 tooltip="Keep every step, not only those inside the controls' windows, so that "
+                                 "windows can be changed later. Takes more memory."),
             ],
             outputs=[sockets.Store.Output(display_name="store", tooltip="For the store input of a LEDITS sampler.")],
         )
@@ -47,12 +47,12 @@ class CaptureAttention(io.ComfyNode):
         models.check(model, inversion)
         UNet(model.get_model_object("diffusion_model"), type(model.model).__name__)
         sigmas = sigmas_after(inversion, skip)
-        sampler = CaptureSampler(inversion, attention, DTYPES[precision], all_steps)
+        sampler = CaptureSampler(inversion, attention, dtype=DTYPES[precision], all_steps=all_steps)
         guider = LeditsGuider(model, source_conditioning(attention) or negative, negative, 1.0)
         picture = inversion.latent_format.process_out(inversion.latents[-1])
         feedback.sample(guider, sampler, picture, sigmas)
-        cost = feedback.report(guider, len(sigmas) - 1, store_bytes=sampler.store.nbytes)
-        return io.NodeOutput(sampler.store, ui=cost)
+        costs = feedback.costs(guider.rows, len(sigmas) - 1, store_bytes=sampler.store.nbytes)
+        return io.NodeOutput(sampler.store, ui=costs)
 
 
 NODES = [CaptureAttention]

@@ -12,7 +12,7 @@ from ..samplers.ledits import LeditsSampler
 from ..samplers.phased import PhasedSampler
 from . import feedback
 from .drawing import sheet
-from .sampling import SOLVERS, edit, edit_inputs, fine_inputs, path_inputs, sigmas_after
+from .edit_inputs import SOLVERS, edit, edit_inputs, fine_inputs, path_inputs, sigmas_after
 
 CATEGORY = "LEDITS/compare"
 MOST = 32  # pictures of a sheet that have a socket
@@ -28,8 +28,8 @@ def _sized(pictures, size):
     return [sheet.fitted(p, (size, size)) for p in pictures] if size else pictures
 
 
-def _page(pictures, size, columns, **words):
-    page = sheet.draw(_sized(pictures, size), columns, **words)
+def _page(pictures, size, columns, **labels):
+    page = sheet.draw(_sized(pictures, size), columns, **labels)
     return page.to(comfy.model_management.intermediate_device())
 
 
@@ -53,7 +53,8 @@ class Sheet(io.ComfyNode):
                                 tooltip="One line for each connected input (or for each picture of the sheet). Empty "
                                 "for none; an empty line in between leaves one picture without."),
                 io.Int.Input("columns", default=0, min=0, max=100,
-                             tooltip="Pictures in a row. 0: one for each connected input, so that methods are columns."),
+                             tooltip="Pictures in a row. 0: one for each connected input, so that methods are "
+                             "columns."),
                 _size(),
             ],
             outputs=[io.Image.Output(display_name="sheet", tooltip="One picture, for Preview Image or Save Image.")],
@@ -63,8 +64,8 @@ class Sheet(io.ComfyNode):
     def execute(cls, images, labels, columns, size=0):
         batches = [images[name] for name in sorted(images, key=lambda name: int(name.removeprefix("image")))]
         pictures = in_rows(batches)
-        words = labels_of(labels, len(batches), len(pictures))
-        return io.NodeOutput(_page(pictures, size, columns or len(batches), labels=words)[None])
+        lines = labels_of(labels, len(batches), len(pictures))
+        return io.NodeOutput(_page(pictures, size, columns or len(batches), labels=lines)[None])
 
 
 def in_rows(batches):
@@ -78,8 +79,8 @@ def in_rows(batches):
         raise ValueError("The sheet has no picture: connect at least one image.")
     if any(len(batch) not in (1, most) for batch in batches):
         raise ValueError(
-            f"The images are batches of {', '.join(str(len(b)) for b in batches)} pictures: a sheet takes batches of one "
-            "size, and single pictures beside them."
+            f"The images are batches of {', '.join(str(len(b)) for b in batches)} pictures: a sheet takes batches of "
+            "one size, and single pictures beside them."
         )
     return [batch[b if len(batch) > 1 else 0] for b in range(most) for batch in batches]
 
@@ -118,8 +119,8 @@ class Sweep(io.ComfyNode):
                 *path_inputs(),
                 io.Vae.Input("vae", tooltip="Decodes the edits for the sheet."),
                 io.String.Input("skip_values", default="0, 0.15, 0.3, 0.45",
-                                tooltip="A row of the sheet for each. Below 1, or with %: the share of the path's steps "
-                                "to leave out; whole numbers: steps, as in the LEDITS KSampler."),
+                                tooltip="A row of the sheet for each. Below 1, or with %: the share of the path's "
+                                "steps to leave out; whole numbers: steps, as in the LEDITS KSampler."),
                 io.String.Input("cfg_values", default="3, 7.5, 15",
                                 tooltip="A column of the sheet for each: guidance towards the target prompt."),
                 *fine_inputs(),
@@ -128,7 +129,8 @@ class Sweep(io.ComfyNode):
             outputs=[
                 io.Image.Output(display_name="sheet", tooltip="The labelled grid; one for each picture of a batch."),
                 io.Latent.Output(display_name="latents",
-                                 tooltip="All edits as a batch, row by row; of a batch the pictures of one edit together."),
+                                 tooltip="All edits as a batch, row by row; of a batch the pictures of one edit "
+                                 "together."),
             ],
         )
 
@@ -138,40 +140,50 @@ class Sweep(io.ComfyNode):
         models.check(model, inversion)
         skips, scales = skips_of(skip_values, inversion.steps), scales_of(cfg_values)
         runs = [(sigmas_after(inversion, skip), cfg) for skip in skips for cfg in scales]
-        sampler = LeditsSampler(inversion, solver, attention, store)
-        edits, rows = _sweep(model, positive, negative, concepts or (), sampler, runs, mask)
-        pictures = zip(*(vae.decode(samples) for samples in edits))  # a grid for each picture of the batch
+        sampler = LeditsSampler(inversion, solver=solver, attention=attention, store=store)
+
+        def guider_at(cfg):
+            return LeditsGuider(model, positive, negative, cfg, concepts=concepts or ())
+
+        edits, rows = _sweep(guider_at, sampler, runs, mask)
+        grids = zip(*(vae.decode(samples) for samples in edits))  # a grid for each picture of the batch
+        tops = [f"cfg {cfg:g}" for cfg in scales]
         lefts = [f"skip {skip} ({100 * skip / inversion.steps:.0f} %)" for skip in skips]
-        pages = [_page(own, size, len(scales), tops=[f"cfg {cfg:g}" for cfg in scales], lefts=lefts) for own in pictures]
+        pages = [_page(pictures, size, len(scales), tops=tops, lefts=lefts) for pictures in grids]
         costs = feedback.costs(rows, sum(len(sigmas) - 1 for sigmas, _ in runs))
         return io.NodeOutput(torch.stack(pages), {"samples": torch.cat(edits)}, ui=costs)
 
 
-def _sweep(model, positive, negative, concepts, sampler, runs, mask):
-    """Samples of every run (SIGMAS, cfg), and the U-Net rows of all."""
-    shown, edits, rows = feedback.Runs(model, [len(sigmas) - 1 for sigmas, _ in runs]), [], 0
+def _sweep(guider_at, sampler: LeditsSampler, runs, mask):
+    """Samples of every run, and the U-Net rows of all.
 
-    def guider(cfg):
-        return LeditsGuider(model, positive, negative, cfg, concepts)
-
-    edit(guider(runs[0][1]), _Trial(sampler, runs), runs[0][0], mask)
+    Args:
+        guider_at: `(cfg) -> LeditsGuider`.
+        runs: list of (SIGMAS, cfg).
+    """
+    sigmas, cfg = runs[0]
+    guider, edits, rows = guider_at(cfg), [], 0
+    progress = feedback.Runs(guider.model_patcher, [len(sigmas) - 1 for sigmas, _ in runs])
+    edit(guider, _Trial(sampler, runs), sigmas, mask=mask)
     for sigmas, cfg in runs:
-        own = guider(cfg)
-        edits.append(edit(own, sampler, sigmas, mask, shown))
-        rows += own.rows
+        guider = guider_at(cfg)
+        edits.append(edit(guider, sampler, sigmas, mask=mask, runs=progress))
+        rows += guider.rows
     return edits, rows
 
 
 class _Trial(PhasedSampler):
-    """Begins every run of a sweep and evaluates nothing, so that what the last one would refuse is refused first."""
+    """A dry run: begins every run of a sweep and evaluates nothing, so that all are checked before the first starts."""
 
-    def __init__(self, sampler, runs):
+    def __init__(self, sampler: LeditsSampler, runs):
         self.inversion, self._sampler, self._runs = sampler.inversion, sampler, runs
 
-    def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False):
-        for own, cfg in self._runs:
+    def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None,
+               disable_pbar=False):
+        encoding = {"latent_image": latent_image, "denoise_mask": denoise_mask}
+        for levels, cfg in self._runs:
             model_wrap.set_cfg(cfg)
-            self._sampler.begin(model_wrap, own, extra_args, noise, latent_image, denoise_mask)
+            self._sampler.begin(model_wrap, levels, extra_args, noise, **encoding)
         return latent_image
 
 
@@ -205,11 +217,11 @@ def scales_of(text):
     Raises:
         ValueError: a word that is no number, or larger than the LEDITS KSampler takes.
     """
-    found = _numbers(text, "cfg_values", percent=False)
-    for word, value in found:
+    scales = _numbers(text, "cfg_values", percent=False)
+    for word, value in scales:
         if value > 100:
             raise ValueError(f"cfg_values holds {word}: choose 0 to 100.")
-    return [value for _, value in found]
+    return [value for _, value in scales]
 
 
 def _numbers(text, name, percent=True):
@@ -223,7 +235,9 @@ def _numbers(text, name, percent=True):
         raise ValueError(f"{name} is empty: write numbers with commas between them, such as '0, 0.15, 0.3'.")
     for word in words:
         if not re.fullmatch(r"\d*\.?\d+|\d+\.", word.removesuffix("%") if percent else word):
-            raise ValueError(f"{name} holds '{word}', which is no number of 0 or more: write numbers like '0, 0.15, 0.3'.")
+            raise ValueError(
+                f"{name} holds '{word}', which is no number of 0 or more: write numbers like '0, 0.15, 0.3'."
+            )
     return [(word, float(word.removesuffix("%"))) for word in words]
 
 

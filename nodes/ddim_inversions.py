@@ -3,6 +3,7 @@
 import logging
 from dataclasses import replace
 
+from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
 from ..samplers import models
@@ -10,9 +11,11 @@ from ..samplers.guider import LeditsGuider
 from ..samplers.inverters import DDIMInverter, SourceBranch, TargetOffset
 from ..samplers.methods import ddim
 from ..samplers.methods.negative_prompt import with_source_as_negative
+from ..samplers.phased import PhasedSampler
 from . import feedback
 from .inversion_inputs import (
     CATEGORY,
+    guidance_input,
     level_inputs,
     noise_levels,
     outputs,
@@ -26,14 +29,12 @@ from .inversion_inputs import (
 
 
 def _cfg():
-    return io.Float.Input("cfg", default=1.0, min=0.0, max=100.0, step=0.1, round=0.01,
-                          tooltip="Guidance while inverting. 1 is right nearly always: more makes the steps hard to "
-                          "take back, and above 2 the path soon fails.")
+    return guidance_input("cfg", 1.0, "Guidance while inverting. 1 is right nearly always: more makes the steps hard "
+                          "to take back, and above 2 the path soon fails.")
 
 
 def _edit_cfg():
-    return io.Float.Input("edit_cfg", default=7.5, min=0.0, max=100.0, step=0.1, round=0.01,
-                          tooltip="Guidance of the edit to come. Set the sampler's cfg to the same.")
+    return guidance_input("edit_cfg", 7.5, "Guidance of the edit to come. Set the sampler's cfg to the same.")
 
 
 def _precision(refinements):
@@ -54,39 +55,53 @@ def _path():
     return io.DynamicCombo.Input(
         "path",
         options=[io.DynamicCombo.Option("inverted", []), io.DynamicCombo.Option("re-simulated", [_edit_cfg()])],
-        tooltip="What stands for the source during the edit: the inverted path itself, or one sampled from x_T with the "
-        "source prompt at the edit's guidance (the papers' baseline, which drifts away from the picture).",
+        tooltip="What stands for the source during the edit: the inverted path itself, or one sampled from x_T with "
+        "the source prompt at the edit's guidance (the papers' baseline, which drifts away from the picture).",
     )
 
 
 class DdimPath:
-    """A DDIM path while a node makes it; `then` runs a further SAMPLER over it."""
+    """A DDIM path while a node makes it; `then` runs a further SAMPLER over it.
 
-    def __init__(self, model, prompts, latent, cfg, levels, precision, method, regularise=None, **settings):
+    Attributes:
+        inversion: the record so far.
+        rows: U-Net rows evaluated so far.
+
+    Args:
+        prompts: (positive, negative) CONDITIONING.
+        latent: LATENT.
+        levels: (steps, scheduler, sigmas), the values of `level_inputs` and `sigmas_input`.
+        precision: (refinements, tolerance, convention), the values of `_precision`.
+        method, regularise: see `DDIMInverter`.
+        settings: further ones for the record.
+    """
+
+    def __init__(self, *, model: ModelPatcher, prompts, latent, cfg, levels, precision, method, regularise=None,
+                 settings=None):
         models.family(model)
         steps, scheduler, sigmas = levels
         refinements, tolerance, convention = precision
         if cfg > 2:
             logging.warning(
-                f"LEDITS: DDIM inversion at cfg {cfg:g} does not lead back to the picture, and refinements may diverge. "
-                "Invert at 1; the edit's own cfg is set in the sampler."
+                f"LEDITS: DDIM inversion at cfg {cfg:g} does not lead back to the picture, and refinements may "
+                "diverge. Invert at 1; the edit's own cfg is set in the sampler."
             )
         self.model, self.prompts = model, prompts
         self.sigmas, self.samples = noise_levels(model, scheduler, steps, sigmas), picture(model, latent)
         self.rows, self.inversion = 0, None
-        settings = {"cfg": cfg, "scheduler": scheduler, "convention": convention, "refinements": refinements,
-                    "tolerance": tolerance, **settings}
+        noted = {"cfg": cfg, "scheduler": scheduler, "convention": convention, "refinements": refinements,
+                 "tolerance": tolerance, **(settings or {})}
         inverter = DDIMInverter(
             convention=convention,
             refinements=refinements,
             tolerance=tolerance,
             method=method,
-            settings=settings,
+            settings=noted,
             regularise=regularise,
         )
         self.then(inverter, cfg)
 
-    def then(self, sampler, cfg):
+    def then(self, sampler: PhasedSampler, cfg):
         guider = LeditsGuider(self.model, *self.prompts, cfg)
         self.x_T = run(guider, sampler, self.samples, self.sigmas)
         self.rows, self.inversion = self.rows + guider.rows, sampler.inversion
@@ -111,7 +126,10 @@ class DDIMInversion(io.ComfyNode):
             description="Turns a picture into the path that DDIM sampling would have taken to it (arXiv 2010.02502), "
             "without noise maps: the baseline of editing papers.",
             search_aliases=["unsampler", "invert image", "ddim inverse", "fixed point inversion", "renoise"],
-            inputs=[*source_inputs(), _cfg(), *level_inputs(), *_precision(1), _path(), sigmas_input(), regularisation_input()],
+            inputs=[
+                *source_inputs(), _cfg(), *level_inputs(), *_precision(1), _path(), sigmas_input(),
+                regularisation_input(),
+            ],
             outputs=outputs(),
         )
 
@@ -119,8 +137,17 @@ class DDIMInversion(io.ComfyNode):
     def execute(cls, model, positive, negative, latent, cfg, steps, scheduler, refinements, tolerance, convention, path,
                 sigmas=None, noise_regularisation=None):
         regularise, chosen = regularisation(noise_regularisation)
-        made = DdimPath(model, (positive, negative), latent, cfg, (steps, scheduler, sigmas),
-                       (refinements, tolerance, convention), "DDIM", regularise, **chosen)
+        made = DdimPath(
+            model=model,
+            prompts=(positive, negative),
+            latent=latent,
+            cfg=cfg,
+            levels=(steps, scheduler, sigmas),
+            precision=(refinements, tolerance, convention),
+            method="DDIM",
+            regularise=regularise,
+            settings=chosen,
+        )
         made.simulate(path)
         return made.output()
 
@@ -163,13 +190,22 @@ class DirectInversion(io.ComfyNode):
     def execute(cls, model, positive, negative, latent, cfg, steps, scheduler, refinements, tolerance, convention,
                 ablation, sigmas=None):
         chosen = ablation["ablation"]
-        made = DdimPath(model, (positive, negative), latent, cfg, (steps, scheduler, sigmas),
-                       (refinements, tolerance, convention), "Direct", **ablation)
+        made = DdimPath(
+            model=model,
+            prompts=(positive, negative),
+            latent=latent,
+            cfg=cfg,
+            levels=(steps, scheduler, sigmas),
+            precision=(refinements, tolerance, convention),
+            method="Direct",
+            settings=ablation,
+        )
         if chosen == "target side":
             made.then(TargetOffset(made.inversion, method="Direct, target side"), ablation["edit_cfg"])
         elif chosen != "none":
             scale, every = ablation.get("scale", 1.0), ablation.get("every", 1)
-            made.then(SourceBranch(made.inversion, scale, every, f"Direct, {chosen}"), ablation["edit_cfg"])
+            branch = SourceBranch(made.inversion, scale=scale, every=every, method=f"Direct, {chosen}")
+            made.then(branch, ablation["edit_cfg"])
         return made.output()
 
 
@@ -196,8 +232,16 @@ class NegativePromptInversion(io.ComfyNode):
     @classmethod
     def execute(cls, model, positive, negative, latent, cfg, steps, scheduler, refinements, tolerance, convention, path,
                 interpolation, sigmas=None):
-        made = DdimPath(model, (positive, negative), latent, cfg, (steps, scheduler, sigmas),
-                       (refinements, tolerance, convention), "negative-prompt", interpolation=interpolation)
+        made = DdimPath(
+            model=model,
+            prompts=(positive, negative),
+            latent=latent,
+            cfg=cfg,
+            levels=(steps, scheduler, sigmas),
+            precision=(refinements, tolerance, convention),
+            method="negative-prompt",
+            settings={"interpolation": interpolation},
+        )
         made.inversion = with_source_as_negative(made.inversion, positive, negative, interpolation)
         made.simulate(path)
         return made.output()

@@ -1,14 +1,17 @@
 """The pack's own small model and pictures, to try everything without a download."""
 
 import comfy.model_management
-import numpy as np
 import torch
 from comfy_api.latest import io, ui
 from PIL import Image
 
 from ..demo import loader, pictures
+from ..files import latent_formats
+from .drawing.pixels import to_tensor
 
 CATEGORY = "LEDITS/demo"
+
+latent_formats.register(loader.DemoLatent)  # so that inversions made with the demo model can be saved
 
 
 class LoadDemoModel(io.ComfyNode):
@@ -61,7 +64,7 @@ class LoadDemoPicture(io.ComfyNode):
     def execute(cls, picture):
         entry, device = ENTRIES[picture], comfy.model_management.intermediate_device()
         with Image.open(pictures.FOLDER / entry["file"]) as file:
-            image = torch.from_numpy(np.asarray(file.convert("RGB"), np.float32) / 255)[None].to(device)
+            image = to_tensor(file.convert("RGB"))[None].to(device)
         mask = torch.from_numpy(pictures.draw(entry)[1][:1]).float().to(device)
         return io.NodeOutput(image, mask, entry["caption"], ui=ui.PreviewImage(image, cls=cls))
 

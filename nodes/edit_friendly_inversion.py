@@ -6,9 +6,10 @@ from comfy_api.latest import io
 from ..samplers import models
 from ..samplers.guider import LeditsGuider
 from ..samplers.inverters import EditFriendlyInverter
-from .feedback import report
+from . import feedback
 from .inversion_inputs import (
     CATEGORY,
+    guidance_input,
     level_inputs,
     noise_levels,
     outputs,
@@ -32,9 +33,8 @@ class EditFriendlyInversion(io.ComfyNode):
             search_aliases=["ledits inversion", "ddpm inversion", "invert image", "unsampler"],
             inputs=[
                 *source_inputs(),
-                io.Float.Input("cfg", default=3.5, min=0.0, max=100.0, step=0.1, round=0.01,
-                               tooltip="Guidance towards the source prompt while inverting. The same value with the "
-                               "same prompt in the sampler gives the picture back."),
+                guidance_input("cfg", 3.5, "Guidance towards the source prompt while inverting. The same value with "
+                               "the same prompt in the sampler gives the picture back."),
                 *level_inputs(),
                 io.Float.Input("eta", default=1.0, min=0.0, max=1.0, step=0.01,
                                tooltip="Share of noise in each step: 1 is DDPM (the paper's), 0 is DDIM."),
@@ -60,10 +60,10 @@ class EditFriendlyInversion(io.ComfyNode):
         if eta_end >= 0:
             settings["eta_end"] = eta_end
         etas = torch.linspace(float(eta), float(eta_end if eta_end >= 0 else eta), len(sigmas) - 1)
-        inverter = EditFriendlyInverter(seed, etas, steps_at_once, settings)
+        inverter = EditFriendlyInverter(seed=seed, etas=etas, steps_at_once=steps_at_once, settings=settings)
         guider = LeditsGuider(model, positive, negative, cfg)
-        x_T = run(guider, inverter, samples, sigmas, seed)
-        return io.NodeOutput(inverter.inversion, {"samples": x_T}, ui=report(guider, len(sigmas) - 1))
+        x_T = run(guider, inverter, samples, sigmas, seed=seed)
+        return io.NodeOutput(inverter.inversion, {"samples": x_T}, ui=feedback.costs(guider.rows, len(sigmas) - 1))
 
 
 NODES = [EditFriendlyInversion]

@@ -6,14 +6,14 @@ import os
 import comfy.model_management
 import comfy.model_patcher
 import folder_paths
-import numpy
 import torch
 from comfy_api.latest import io, ui
-from PIL import Image
+from einops import repeat
 
 from ..evaluation import metrics, networks, table
 from ..files.places import inside, relative
 from .drawing.card import Card
+from .drawing.pixels import to_batch, to_image
 from .feedback import show
 
 CARDS = 16  # pictures of a batch that are drawn
@@ -44,8 +44,9 @@ class EditMetrics(io.ComfyNode):
             node_id="LEDITS_EditMetrics",
             display_name="Edit Metrics",
             category="LEDITS/evaluation",
-            description="Measures an edit as PIE-Bench does: how well the rest of the picture is kept, and how well the "
-            "edit fits its prompt. Metrics whose network is not there are left out, and the node says where to put it.",
+            description="Measures an edit as PIE-Bench does: how well the rest of the picture is kept, and how well "
+            "the edit fits its prompt. Metrics whose network is not there are left out, and the node says where to put "
+            "it.",
             search_aliases=["PIE-Bench", "PSNR", "SSIM", "LPIPS", "CLIP score", "structure distance"],
             is_output_node=True,
             hidden=[io.Hidden.unique_id],
@@ -79,26 +80,28 @@ class EditMetrics(io.ComfyNode):
     @classmethod
     def execute(cls, source, edited, mode, source_prompt, target_prompt, mask=None, jpeg=False, csv="", label=""):
         sources, edits, masks = _matched(source, edited, mask)
-        note = {"label": label, "mode": mode, "jpeg": jpeg, "source_prompt": source_prompt, "target_prompt": target_prompt}
+        prompts = {"source_prompt": source_prompt, "target_prompt": target_prompt}
+        note = {"label": label, "mode": mode, "jpeg": jpeg, **prompts}
         path = _csv_path(csv)
         if path:
             table.check_csv(path, [*note, *metrics.METRICS])
-        tool = metrics.Metrics(mode, networks.Networks(folder_paths.get_folder_paths(networks.FOLDER), _Place()), jpeg=jpeg)
-        rows = [tool.measure(*one, source_prompt, target_prompt) for one in zip(sources, edits, masks)]
+        local = networks.Networks(folder_paths.get_folder_paths(networks.FOLDER), place=_Place())
+        tool = metrics.Metrics(mode, local, jpeg=jpeg)
+        rows = [tool.measure(*picture, **prompts) for picture in zip(sources, edits, masks)]
         if path:
             os.makedirs(os.path.dirname(path), exist_ok=True)
             table.append(path, [note | row for row in rows])
         values = table.mean(rows)
-        words = table.text(values, tool.missing)
-        show(cls, words)
-        cards = [_card(mode, *one, row) for *one, row in list(zip(sources, edits, masks, rows))[:CARDS]]
-        picture = torch.stack([torch.from_numpy(numpy.asarray(card, numpy.float32) / 255) for card in cards])
+        text = table.text(values, tool.missing)
+        show(cls, text)
+        pictures = list(zip(sources, edits, masks, rows))[:CARDS]
+        cards = to_batch([_card(*picture, mode=mode) for picture in pictures])
         numbers = [math.nan if values[name] is None else values[name] for name, _, _ in OUTPUTS]
-        return io.NodeOutput(*numbers, words, ui=ui.PreviewImage(picture, cls=cls).as_dict() | {"text": [words]})
+        return io.NodeOutput(*numbers, text, ui=ui.PreviewImage(cards, cls=cls).as_dict() | {"text": [text]})
 
 
 class _Place:
-    """Has ComfyUI move a network to where it computes, beside its own models."""
+    """Moves a network to ComfyUI's device by ComfyUI's memory management, beside its own models."""
 
     def __init__(self):
         self._patchers = {}
@@ -117,8 +120,8 @@ def _matched(source, edited, mask):
     source, edited = source[..., :3].float().cpu(), edited[..., :3].float().cpu()
     if source.shape[1:3] != edited.shape[1:3]:
         (h, w), (eh, ew) = source.shape[1:3], edited.shape[1:3]
-        raise ValueError(f"The source is {w} x {h} and the edit {ew} x {eh} pixels: scale or crop the source to the size "
-                         "that was edited.")
+        raise ValueError(f"The source is {w} x {h} and the edit {ew} x {eh} pixels: scale or crop the source to the "
+                         "size that was edited.")
     masks = torch.zeros(source.shape[:3]) if mask is None else mask.float().cpu()
     masks = masks[None] if masks.ndim == 2 else masks
     if masks.shape[1:] != edited.shape[1:3]:
@@ -142,17 +145,18 @@ def _csv_path(name):
     return path
 
 
-def _card(mode, source, edited, mask, values):
+def _card(source, edited, mask, values, mode):
     """The picture of one measured edit."""
     card = Card()
     where = f"{100 * float((mask > 0.5).float().mean()):.0f} % of the picture may change"
     card.title("Edit metrics", f"{where}; pixel metrics are outside of the mask", mode)
     for row in ROWS:
-        card.numbers([(table.number(name, values[name]), metrics.METRICS[name].heading.removesuffix(" unedited")) for name in row])
+        headings = [metrics.METRICS[name].heading.removesuffix(" unedited") for name in row]
+        card.numbers([(table.number(name, values[name]), heading) for name, heading in zip(row, headings)])
     difference = (source - edited).abs()
-    pictures = [source, edited, mask[..., None].expand_as(source), difference / difference.amax().clamp(min=1e-6)]
-    pictures = [Image.fromarray((x.clamp(0, 1) * 255).round().byte().numpy()) for x in pictures]
-    card.strip("Pictures", pictures, ["source", "edit", "mask", "difference, brightened"], columns=4)
+    pictures = [source, edited, repeat(mask, "h w -> h w c", c=3), difference / difference.amax().clamp(min=1e-6)]
+    captions = ["source", "edit", "mask", "difference, brightened"]
+    card.strip("Pictures", [to_image(x) for x in pictures], captions=captions, columns=4)
     return card.image()
 
 

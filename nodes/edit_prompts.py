@@ -5,8 +5,7 @@ from comfy_api.latest import io
 from ..attention_hooks.text.align import MAPPINGS
 from ..attention_hooks.text.prompts import edit_prompts
 from . import sockets
-
-CATEGORY = "LEDITS/attention"
+from .attention_inputs import CATEGORY
 
 
 class EditPrompts(io.ComfyNode):
@@ -16,8 +15,8 @@ class EditPrompts(io.ComfyNode):
             node_id="LEDITS_EditPrompts",
             display_name="Edit Prompts",
             category=CATEGORY,
-            description="What the picture shows and what it shall show, encoded, and their words matched to each other for "
-            "attention control.",
+            description="What the picture shows and what it shall show, encoded, and their words matched to each other "
+            "for attention control.",
             search_aliases=["prompt to prompt", "source prompt", "target prompt", "align prompts"],
             inputs=[
                 io.Clip.Input("clip", tooltip="The CLIP of the checkpoint (SD 1.x, SD 2.x or SDXL)."),
@@ -28,9 +27,9 @@ class EditPrompts(io.ComfyNode):
                                 tooltip="What it shall show, in the same words as far as possible, such as 'a dog on a "
                                 "sofa'."),
                 io.Combo.Input("mapping", options=list(MAPPINGS), default="auto", optional=True, advanced=True,
-                               tooltip="How words are matched. replace: one by one, for prompts of as many words. refine: "
-                               "what both have in common; new words are free. auto: replace where the numbers of words "
-                               "are equal, else refine."),
+                               tooltip="How words are matched. replace: one by one, for prompts of as many words. "
+                               "refine: what both have in common; new words are free. auto: replace where the numbers "
+                               "of words are equal, else refine."),
             ],
             outputs=[
                 io.Conditioning.Output(display_name="source", tooltip="The source prompt, for the inversion."),

@@ -3,17 +3,21 @@
 import comfy.utils
 import latent_preview
 import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.samplers import CFGGuider
 from comfy_execution.utils import get_executing_context
 
+from ..samplers.phased import PhasedSampler
 
-def tell(text):
+
+def tell(text: str):
     """Show a line on the node that is being executed, where there is a server to show it."""
     context = get_executing_context()
     if context is not None and (server := _server()) is not None:
         server.send_progress_text(text, context.node_id, server.client_id)
 
 
-def show(node, text):
+def show(node, text: str):
     """Show a text on the node, where there is a server and a node to show it on."""
     shown = getattr(node.hidden, "unique_id", None)
     if shown is not None and (server := _server()) is not None:
@@ -21,6 +25,7 @@ def show(node, text):
 
 
 def _server():
+    """The web server, or None."""
     from server import PromptServer  # the web server, which a node alone does not have
 
     return getattr(PromptServer, "instance", None)
@@ -34,7 +39,7 @@ class Runs:
         steps: of each run.
     """
 
-    def __init__(self, model, steps):
+    def __init__(self, model: ModelPatcher, steps):
         self._show, self._steps, self._run = latent_preview.prepare_callback(model, sum(steps)), list(steps), -1
 
     def next(self):
@@ -43,26 +48,25 @@ class Runs:
 
     def callback(self, step, d, y, total):
         """As a sampler calls it in its own run, whose progress may count other things than steps."""
-        before, own = sum(self._steps[: self._run]), self._steps[self._run]
-        self._show(before + round((step + 1) / total * own) - 1, d, y, sum(self._steps))
+        before, steps = sum(self._steps[: self._run]), self._steps[self._run]
+        self._show(before + round((step + 1) / total * steps) - 1, d, y, sum(self._steps))
 
     def tell(self, text):
         """Show a line with the number of the run before it."""
         tell(f"{self._run + 1} of {len(self._steps)}: {text}")
 
 
-def sample(guider, sampler, samples, sigmas, mask=None, seed=0, runs=None):
+def sample(guider: CFGGuider, sampler: PhasedSampler, samples, sigmas, *, mask=None, seed=0, runs: Runs | None = None):
     """Run a `PhasedSampler` over a picture, with feedback on the node.
 
     Args:
-        guider: a CFGGuider.
         samples: the picture, as in a LATENT.
         mask: MASK or None.
         seed: some conditionings compute with it; no noise is drawn.
         runs: the `Runs` that this is the next of.
 
     Returns:
-        what the sampler returns, as in a LATENT.
+        samples as in a LATENT, from the sampler.
     """
     callback, sampler.tell = latent_preview.prepare_callback(guider.model_patcher, len(sigmas) - 1), tell
     if runs is not None:
@@ -75,12 +79,7 @@ def sample(guider, sampler, samples, sigmas, mask=None, seed=0, runs=None):
     )
 
 
-def report(guider, steps, **more):
-    """As `costs`; the rows are the guider's."""
-    return costs(guider.rows, steps, **more)
-
-
-def costs(rows, steps, **more):
+def costs(rows: int, steps: int, **more):
     """The cost of a node, on the node and for the history of the queue (`NodeOutput.ui`).
 
     Args:

@@ -5,16 +5,13 @@ from dataclasses import replace
 import comfy.model_management
 from comfy_api.latest import io, ui
 
-from ..demo.loader import DemoLatent
 from ..files import inversion_file, latent_formats
-from ..files.places import found, new_file, path_of, size_of
+from ..files.places import list_files, new_file, path_of, size_of
 from . import sockets
 from .feedback import show
 from .file_picker import FileLoader
+from .inversion_inputs import CATEGORY, latent_size
 
-latent_formats.register(DemoLatent)
-
-CATEGORY = "LEDITS/inversion"
 DTYPES = ["float32", "float16"]
 
 
@@ -81,7 +78,7 @@ class LoadInversion(FileLoader, io.ComfyNode):
             search_aliases=["import inversion", "open inversion"],
             hidden=[io.Hidden.unique_id],
             inputs=[
-                io.Combo.Input("file", options=found(inversion_file.KIND),
+                io.Combo.Input("file", options=list_files(inversion_file.KIND),
                                tooltip="Inversions in the output and input folders, newest first. Press R to refresh."),
             ],
             outputs=[
@@ -104,14 +101,11 @@ class LoadInversion(FileLoader, io.ComfyNode):
             raise ValueError(f"'{file}' does not say how its latents are scaled: invert the picture again.")
         samples = inversion.latent_format.process_out(inversion.latents[0])
         x_T = {"samples": samples.to(comfy.model_management.intermediate_device())}
-        text = f"{inversion.method}, {inversion.steps} steps, {inversion.batch} x {_size(inversion)}\n{inversion.model}"
+        size = f"{inversion.batch} x {latent_size(inversion)}"
+        text = f"{inversion.method}, {inversion.steps} steps, {size}\n{inversion.model}"
         show(cls, text)
         prompt = inversion.settings.get("source_prompt", "")
         return io.NodeOutput(inversion, x_T, prompt, ui={"text": [text]})
-
-
-def _size(inversion):
-    return " x ".join(str(n) for n in inversion.latents.shape[2:])
 
 
 NODES = [SaveInversion, LoadInversion]

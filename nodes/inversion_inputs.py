@@ -3,16 +3,19 @@
 import comfy.model_management
 import comfy.sample
 import comfy.samplers
+from comfy.model_patcher import ModelPatcher
+from comfy.samplers import CFGGuider
 from comfy_api.latest import io
 
 from ..samplers.methods.noise_regularisation import NoiseRegularisation
-from ..samplers.methods.record import check_latent, check_sigmas
+from ..samplers.methods.record import Inversion, check_latent, check_sigmas
+from ..samplers.phased import PhasedSampler
 from . import feedback, sockets
 
 CATEGORY = "LEDITS/inversion"
 
 
-def noise_levels(model, scheduler, steps, sigmas=None):
+def noise_levels(model: ModelPatcher, scheduler, steps, sigmas=None):
     """The SIGMAS of an inversion node: those connected, or the scheduler's.
 
     Raises:
@@ -24,11 +27,12 @@ def noise_levels(model, scheduler, steps, sigmas=None):
     return sigmas.float().cpu()
 
 
-def source_inputs():
-    """Inputs of the picture and its prompts."""
+def source_inputs(model="The model that will also make the edit.",
+                  positive="Source prompt: what the picture shows. An empty prompt works too."):
+    """Inputs of the picture and its prompts; tooltips of the first two."""
     return [
-        io.Model.Input("model", tooltip="The model that will also make the edit."),
-        io.Conditioning.Input("positive", tooltip="Source prompt: what the picture shows. An empty prompt works too."),
+        io.Model.Input("model", tooltip=model),
+        io.Conditioning.Input("positive", tooltip=positive),
         io.Conditioning.Input("negative", tooltip="Usually the empty prompt."),
         latent_input(),
     ]
@@ -36,6 +40,10 @@ def source_inputs():
 
 def latent_input():
     return io.Latent.Input("latent", tooltip="The picture, from VAE Encode. Batches are inverted together.")
+
+
+def guidance_input(name, default, tooltip):
+    return io.Float.Input(name, default=default, min=0.0, max=100.0, step=0.1, round=0.01, tooltip=tooltip)
 
 
 def level_inputs():
@@ -58,14 +66,15 @@ def sigmas_input():
                            tooltip="Noise levels of your own, descending. Replaces steps and scheduler.")
 
 
-def outputs():
+def outputs(inversion="The path, for a LEDITS sampler."):
+    """Outputs of an inversion node; the tooltip of the first."""
     return [
-        sockets.Inversion.Output(display_name="inversion", tooltip="The path, for a LEDITS sampler."),
+        sockets.Inversion.Output(display_name="inversion", tooltip=inversion),
         io.Latent.Output(display_name="x_T", tooltip="The noisiest latent, where an unskipped edit begins."),
     ]
 
 
-def picture(model, latent):
+def picture(model: ModelPatcher, latent):
     """The picture of a LATENT, [B, C, H, W].
 
     Raises:
@@ -76,29 +85,36 @@ def picture(model, latent):
     return samples
 
 
-def run(guider, inverter, samples, sigmas, seed=0):
+def run(guider: CFGGuider, inverter: PhasedSampler, samples, sigmas, *, seed=0):
     """Run a SAMPLER of `samplers.inverters`; `x_T` on the device of all LATENTs."""
-    return feedback.sample(guider, inverter, samples, sigmas, seed=seed).to(comfy.model_management.intermediate_device())
+    x_T = feedback.sample(guider, inverter, samples, sigmas, seed=seed)
+    return x_T.to(comfy.model_management.intermediate_device())
+
+
+def latent_size(inversion: Inversion) -> str:
+    """The shape of one picture's latent in words."""
+    return " x ".join(str(n) for n in inversion.latents.shape[2:])
 
 
 def regularisation_input():
     """The choice of an inversion node, see `regularisation`."""
-    own = NoiseRegularisation()
+    defaults = NoiseRegularisation()
     published = [
-        io.Float.Input("lambda_ac", default=own.lambda_ac, min=0.0, max=1000.0, step=1.0,
+        io.Float.Input("lambda_ac", default=defaults.lambda_ac, min=0.0, max=1000.0, step=1.0,
                        tooltip="Strength against noise that is correlated with itself."),
-        io.Float.Input("lambda_kl", default=own.lambda_kl, min=0.0, max=1000.0, step=1.0,
+        io.Float.Input("lambda_kl", default=defaults.lambda_kl, min=0.0, max=1000.0, step=1.0,
                        tooltip="Strength against noise of another variance than 1."),
-        io.Int.Input("reg_steps", default=own.steps, min=1, max=100, tooltip="Times that each step is regularised."),
-        io.Int.Input("ac_rolls", default=own.rolls, min=1, max=100,
+        io.Int.Input("reg_steps", default=defaults.steps, min=1, max=100,
+                     tooltip="Times that each step is regularised."),
+        io.Int.Input("ac_rolls", default=defaults.rolls, min=1, max=100,
                      tooltip="Random shifts that correlation is measured with, each time."),
-        io.Int.Input("reg_seed", default=own.seed, min=0, max=0xFFFFFFFFFFFFFFFF, tooltip="Of the random shifts."),
+        io.Int.Input("reg_seed", default=defaults.seed, min=0, max=0xFFFFFFFFFFFFFFFF, tooltip="Of the random shifts."),
     ]
     return io.DynamicCombo.Input(
         "noise_regularisation", optional=True,
         options=[io.DynamicCombo.Option("none", []), io.DynamicCombo.Option("pix2pix-zero", published)],
-        tooltip="Keeps the path's noise like Gaussian noise, so that the picture edits better but comes back less exactly. "
-        "pix2pix-zero (arXiv 2302.03027) inverts so, with refinements 0 and convention B.",
+        tooltip="Keeps the path's noise like Gaussian noise, so that the picture edits better but comes back less "
+        "exactly. pix2pix-zero (arXiv 2302.03027) inverts so, with refinements 0 and convention B.",
     )
 
 

@@ -5,21 +5,28 @@ from comfy_api.latest import io
 from ..samplers import gradients
 from ..samplers.gradient_inverters import NullTextInverter, StyleDiffusionInverter
 from ..samplers.guider import LeditsGuider
-from . import sockets
-from .feedback import report
-from .inversion_inputs import CATEGORY, latent_input, level_inputs, noise_levels, picture, run, sigmas_input
+from . import feedback
+from .inversion_inputs import (
+    CATEGORY,
+    guidance_input,
+    level_inputs,
+    noise_levels,
+    outputs,
+    picture,
+    run,
+    sigmas_input,
+    source_inputs,
+)
 
 ON_INTERRUPT = ["discard", "keep the result so far"]
 
 
 def _inputs():
     return [
-        io.Model.Input("model", tooltip="The model that will also make the edit. U-Nets only: SD 1.x, SD 2.x, SDXL."),
-        io.Conditioning.Input("positive", tooltip="Source prompt: what the picture shows, in plain words."),
-        io.Conditioning.Input("negative", tooltip="Usually the empty prompt."),
-        latent_input(),
-        io.Float.Input("cfg", default=7.5, min=0.0, max=100.0, step=0.1, round=0.01,
-                       tooltip="Guidance of the edit to come. What is learned holds for this value; edit with the same."),
+        *source_inputs(model="The model that will also make the edit. U-Nets only: SD 1.x, SD 2.x, SDXL.",
+                       positive="Source prompt: what the picture shows, in plain words."),
+        guidance_input("cfg", 7.5, "Guidance of the edit to come. What is learned holds for this value; edit with the "
+                       "same."),
         *level_inputs(),
     ]
 
@@ -39,24 +46,22 @@ def _fine_inputs():
 
 
 def _outputs():
-    return [
-        sockets.Inversion.Output(display_name="inversion", tooltip="The path and what was learned, for a LEDITS sampler."),
-        io.Latent.Output(display_name="x_T", tooltip="The noisiest latent, where an unskipped edit begins."),
-    ]
+    return outputs("The path and what was learned, for a LEDITS sampler.")
 
 
-def _run(inverter, model, positive, negative, latent, cfg, scheduler, steps, sigmas):
-    """Invert with a `gradient_inverters` SAMPLER."""
+def _inverted(inverter, *, model, positive, negative, latent, cfg, steps, scheduler, sigmas):
+    """The node's outputs, made with a SAMPLER of `gradient_inverters`."""
     gradients.check(model)
     gradients.check_prompt(positive, "positive")
     gradients.check_prompt(negative, "negative")
     sigmas = noise_levels(model, scheduler, steps, sigmas)
     samples = picture(model, latent)
-    with gradients.differentiable(model) as own:
-        guider = LeditsGuider(own, positive, negative, cfg)
+    with gradients.differentiable(model) as differentiable:
+        guider = LeditsGuider(differentiable, positive, negative, cfg)
         x_T = run(guider, inverter, samples, sigmas)
-    costs = report(guider, len(sigmas) - 1, loss=inverter.inversion.settings.get("loss"))
-    return io.NodeOutput(inverter.inversion, {"samples": x_T}, ui=costs)
+    inversion = inverter.inversion
+    costs = feedback.costs(guider.rows, inversion.steps, loss=inversion.settings.get("loss"))
+    return io.NodeOutput(inversion, {"samples": x_T}, ui=costs)
 
 
 class NullTextInversion(io.ComfyNode):
@@ -85,9 +90,14 @@ class NullTextInversion(io.ComfyNode):
         settings = {"scheduler": scheduler, "inner_steps": inner_steps, "learning_rate": learning_rate,
                     "early_stop": early_stop}
         inverter = NullTextInverter(
-            inner_steps, learning_rate, early_stop, keep=on_interrupt == ON_INTERRUPT[1], settings=settings
+            inner_steps=inner_steps,
+            rate=learning_rate,
+            enough=early_stop,
+            keep=on_interrupt == ON_INTERRUPT[1],
+            settings=settings,
         )
-        return _run(inverter, model, positive, negative, latent, cfg, scheduler, steps, sigmas)
+        return _inverted(inverter, model=model, positive=positive, negative=negative, latent=latent, cfg=cfg,
+                         steps=steps, scheduler=scheduler, sigmas=sigmas)
 
 
 class StyleDiffusionInversion(io.ComfyNode):
@@ -123,15 +133,20 @@ class StyleDiffusionInversion(io.ComfyNode):
     def execute(cls, model, positive, negative, latent, cfg, steps, scheduler, first_steps, attention_loss, tau_v,
                 learning_rate, early_stop, on_interrupt, sigmas=None, clip_vision=None, image=None):
         gradients.check(model)
-        settings = {"scheduler": scheduler, "first_steps": first_steps, "attention_loss": attention_loss, "tau_v": tau_v,
-                    "learning_rate": learning_rate, "early_stop": early_stop,
+        settings = {"scheduler": scheduler, "first_steps": first_steps, "attention_loss": attention_loss,
+                    "tau_v": tau_v, "learning_rate": learning_rate, "early_stop": early_stop,
                     "mapping_network": clip_vision is not None}
-        features = _features(clip_vision, image, len(latent["samples"]))
         inverter = StyleDiffusionInverter(
-            features, attention_loss, first_steps, learning_rate, early_stop, keep=on_interrupt == ON_INTERRUPT[1],
+            features=_features(clip_vision, image, len(latent["samples"])),
+            attention=attention_loss,
+            most_steps=first_steps,
+            rate=learning_rate,
+            enough=early_stop,
+            keep=on_interrupt == ON_INTERRUPT[1],
             settings=settings,
         )
-        return _run(inverter, model, positive, negative, latent, cfg, scheduler, steps, sigmas)
+        return _inverted(inverter, model=model, positive=positive, negative=negative, latent=latent, cfg=cfg,
+                         steps=steps, scheduler=scheduler, sigmas=sigmas)
 
 
 def _features(clip_vision, image, pictures):
@@ -141,7 +156,9 @@ def _features(clip_vision, image, pictures):
     if clip_vision is None:
         return None
     if len(image) not in (1, pictures):
-        raise ValueError(f"image holds {len(image)} pictures, latent {pictures}: connect the pictures that were encoded.")
+        raise ValueError(
+            f"image holds {len(image)} pictures, latent {pictures}: connect the pictures that were encoded."
+        )
     return clip_vision.encode_image(image)["last_hidden_state"].float()
 
 

@@ -43,7 +43,9 @@ class ProximalGuidance(io.ComfyNode):
     @classmethod
     def execute(cls, model, quantile, kind, inversion=None, hold="nothing", strength=0.1, start=0.6, radius=1):
         level = float(model.get_model_object("model_sampling").percent_to_sigma(start))
-        guidance = proximal.Proximal(quantile, kind, hold, inversion, strength, level, radius)
+        guidance = proximal.Proximal(
+            quantile=quantile, kind=kind, hold=hold, inversion=inversion, strength=strength, start=level, radius=radius
+        )
         if hold != "nothing":
             models.check(model, inversion)
         patched = model.clone()

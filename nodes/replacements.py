@@ -1,4 +1,4 @@
-"""Nodes that were renamed: what ComfyUI is told, so that workflows saved with the old id still open and run."""
+"""Nodes that were renamed, as ComfyUI is told of them: workflows saved with the old id still open and run."""
 
 from dataclasses import dataclass, field
 
@@ -26,7 +26,7 @@ class Rename:
 RENAMES = ()
 
 
-def replacement(rename):
+def replacement(rename: Rename):
     """The `io.NodeReplace` of a rename.
 
     Every input is mapped, because ComfyUI drops the others. ComfyUI 0.30 refuses an API prompt that leaves out a mapped
@@ -43,7 +43,13 @@ def replacement(rename):
                 if options and options[0].get("control_after_generate"):
                     widgets.append("control_after_generate")  # saved workflows hold it as a widget of its own
     outputs = [{"new_idx": index, "old_idx": index} for index in range(len(info["output"]))]
-    return io.NodeReplace(info["name"], rename.old, widgets, ids, outputs)
+    return io.NodeReplace(
+        new_node_id=info["name"],
+        old_node_id=rename.old,
+        old_widget_ids=widgets,
+        input_mapping=ids,
+        output_mapping=outputs,
+    )
 
 
 async def register(renames=RENAMES):

@@ -52,9 +52,13 @@ class SemanticConcept(io.ComfyNode):
                 clip=None, conditioning=None, concepts=None):
         if conditioning is None:
             if not prompt.strip():
-                raise ValueError("The concept is empty: write what to push towards or away from, or connect a conditioning.")
+                raise ValueError(
+                    "The concept is empty: write what to push towards or away from, or connect a conditioning."
+                )
             if clip is None:
-                raise ValueError("The concept's words need a CLIP: connect the one your prompts use, or a conditioning.")
+                raise ValueError(
+                    "The concept's words need a CLIP: connect the one your prompts use, or a conditioning."
+                )
             conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
         concept = Concept(
             conditioning=conditioning,

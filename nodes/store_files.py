@@ -7,10 +7,11 @@ import comfy.model_management
 import torch
 from comfy_api.latest import io, ui
 
+from ..attention_hooks.store import AttentionStore
 from ..files import store_file
-from ..files.places import found, new_file, path_of, size_of
+from ..files.places import list_files, new_file, path_of, size_of
 from . import sockets
-from .edit_prompts import CATEGORY
+from .attention_inputs import CATEGORY
 from .feedback import show
 from .file_picker import FileLoader
 
@@ -24,14 +25,14 @@ class SaveAttentionStore(io.ComfyNode):
             node_id="LEDITS_SaveAttentionStore",
             display_name="Save Attention Store",
             category=CATEGORY,
-            description="Writes a source's attention into ComfyUI's output folder, so that edits of the picture in later "
-            "sessions need no source pass either. Load Attention Store reads it.",
+            description="Writes a source's attention into ComfyUI's output folder, so that edits of the picture in "
+            "later sessions need no source pass either. Load Attention Store reads it.",
             search_aliases=["save attention", "export attention", "cache attention"],
             is_output_node=True,
             hidden=[io.Hidden.unique_id],
             inputs=[
-                sockets.Store.Input("store", tooltip="From Capture Attention. It goes with its inversion: save that too, as "
-                                    "float32."),
+                sockets.Store.Input("store", tooltip="From Capture Attention. It goes with its inversion: save that "
+                                    "too, as float32."),
                 io.String.Input("filename_prefix", default="attention/ledits",
                                 tooltip="Name in the output folder, with '/' for subfolders; a number is added. "
                                 "%date%, %date:yyyy-MM-dd%, %year%, %hour% and so on are filled in."),
@@ -63,16 +64,16 @@ class LoadAttentionStore(FileLoader, io.ComfyNode):
             node_id="LEDITS_LoadAttentionStore",
             display_name="Load Attention Store",
             category=CATEGORY,
-            description="Reads an attention store that Save Attention Store has written, from ComfyUI's output or input "
-            "folder.",
+            description="Reads an attention store that Save Attention Store has written, from ComfyUI's output or "
+            "input folder.",
             search_aliases=["load attention", "import attention", "open attention store"],
             hidden=[io.Hidden.unique_id],
             inputs=[
-                io.Combo.Input("file", options=found(store_file.KIND),
+                io.Combo.Input("file", options=list_files(store_file.KIND),
                                tooltip="Stores in the output and input folders, newest first. Press R to refresh."),
             ],
-            outputs=[sockets.Store.Output(display_name="store", tooltip="For the store input of a LEDITS sampler, with the "
-                                          "inversion and the model that it was captured with.")],
+            outputs=[sockets.Store.Output(display_name="store", tooltip="For the store input of a LEDITS sampler, with "
+                                          "the inversion and the model that it was captured with.")],
         )
 
     @classmethod
@@ -90,10 +91,11 @@ class LoadAttentionStore(FileLoader, io.ComfyNode):
         return io.NodeOutput(store, ui={"text": [text]})
 
 
-def _about(store, half=False):
-    some = next(iter(store.tensors().values()))
-    dtype = "float16" if half else str(some.dtype).removeprefix("torch.")
-    return f"{len(store.steps)} steps, {len(some)} picture{'s'[: len(some) > 1]}, {dtype}"
+def _about(store: AttentionStore, half=False):
+    """Steps, pictures and dtype in words."""
+    first = next(iter(store.tensors().values()))
+    dtype = "float16" if half else str(first.dtype).removeprefix("torch.")
+    return f"{len(store.steps)} steps, {len(first)} picture{'s'[: len(first) > 1]}, {dtype}"
 
 
 def _check_disk(folder, needed):
@@ -101,8 +103,8 @@ def _check_disk(folder, needed):
     free = shutil.disk_usage(folder).free
     if needed + 2**20 > free:
         raise ValueError(
-            f"The store takes {needed / 2**30:.2f} GB, but only {free / 2**30:.2f} GB are free on the disk of ComfyUI's "
-            "output folder: make room, choose float16, or capture fewer steps and blocks."
+            f"The store takes {needed / 2**30:.2f} GB, but only {free / 2**30:.2f} GB are free on the disk of "
+            "ComfyUI's output folder: make room, choose float16, or capture fewer steps and blocks."
         )
 
 
@@ -111,8 +113,8 @@ def _check_memory(needed):
     free = comfy.model_management.get_free_memory(torch.device("cpu"))
     if needed > free / 2:
         raise ValueError(
-            f"This store takes {needed / 2**30:.2f} GB of host memory, but only {free / 2**30:.2f} GB are free (half of it "
-            "may be used): close what else needs memory, or capture fewer steps and blocks."
+            f"This store takes {needed / 2**30:.2f} GB of host memory, but only {free / 2**30:.2f} GB are free (half "
+            "of it may be used): close what else needs memory, or capture fewer steps and blocks."
         )
 
 

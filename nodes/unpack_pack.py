@@ -1,16 +1,16 @@
 """An inversion taken apart into stock sockets, and put together again."""
 
 from comfy_api.latest import io
+from einops import rearrange
 
 from ..samplers.methods.record import check_latent, check_sigmas
 from . import sockets
-
-CATEGORY = "LEDITS/inversion"
+from .inversion_inputs import CATEGORY
 
 
 def _flat(batch):
     """[N, B, ...] to one LATENT batch [N * B, ...]: level by level, the pictures of a level together."""
-    return batch.flatten(0, 1)
+    return rearrange(batch, "n b ... -> (n b) ...")
 
 
 class UnpackInversion(io.ComfyNode):
@@ -48,8 +48,8 @@ class PackInversion(io.ComfyNode):
             node_id="LEDITS_PackInversion",
             display_name="Pack Inversion",
             category=CATEGORY,
-            description="Puts changed latents, noise maps or noise levels back into an inversion. What is not connected "
-            "stays as it was.",
+            description="Puts changed latents, noise maps or noise levels back into an inversion. What is not "
+            "connected stays as it was.",
             inputs=[
                 sockets.Inversion.Input("inversion", tooltip="The inversion the parts come from."),
                 io.Latent.Input("path", optional=True, tooltip="Latents in the order Unpack Inversion gives them."),

@@ -92,7 +92,7 @@ def test_nothing_outside_of_the_folders_is_loaded(folders, raw, tmp_path, name):
     assert isinstance(told, str) and told.endswith(".")
     with pytest.raises(ValueError):
         LoadInversion.execute(file=name)
-    assert places.found(inversion_file.KIND) == []
+    assert places.list_files(inversion_file.KIND) == []
 
 
 @pytest.mark.parametrize("prefix", ["../x", "a/../../x", "/x", "C:\\x", "{outside}/x", "link/x", "", "x\0", "..\\x"])
@@ -132,7 +132,7 @@ def test_the_picker_lists_inversions_newest_first(folders, raw):
     (into / "lora.safetensors").write_bytes(safetensors.torch.save({"lora": torch.ones(4)}))
     (into / "notes.txt").write_bytes(raw)
     os.utime(into / "mine.safetensors", (1, 1))
-    assert places.found(inversion_file.KIND) == ["deep/er/one_00001_.ledits.safetensors [output]", "mine.safetensors"]
+    assert places.list_files(inversion_file.KIND) == ["deep/er/one_00001_.ledits.safetensors [output]", "mine.safetensors"]
     os.utime(out / "deep/er/one_00001_.ledits.safetensors", (0, 0))
     options = LoadInversion.INPUT_TYPES()["required"]["file"][1]["options"]
     assert options == ["mine.safetensors", "deep/er/one_00001_.ledits.safetensors [output]"]

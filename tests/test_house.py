@@ -87,5 +87,5 @@ def test_there_is_no_circle():
 
 def test_the_walls_are_looked_for():
     """Of a file that breaks them, the import is seen."""
-    inside, outside = imported(Path("nodes/sampling.py"))
+    inside, outside = imported(Path("nodes/edit_inputs.py"))
     assert "samplers.ledits" in inside and "comfy" in outside

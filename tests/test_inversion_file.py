@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from comfyui_ledits.demo.loader import DemoLatent
 from comfyui_ledits.files import inversion_file, latent_formats
-from comfyui_ledits.nodes import inversion_files  # noqa: F401  it registers the demo model's latents
+from comfyui_ledits.nodes import demo  # noqa: F401  it registers the demo model's latents
 from support import mutations
 from support.records import record, saved
 

@@ -46,7 +46,7 @@ def test_the_pickers_tell_stores_and_inversions_apart(folders, raw):
     os.utime(into / "mine.safetensors", (1, 1))
     one = f"deep/er/one_00001_{store_file.KIND.suffix} [output]"
     assert LoadAttentionStore.INPUT_TYPES()["required"]["file"][1]["options"] == [one, "mine.safetensors"]
-    assert places.found(inversion_file.KIND) == ["path.safetensors"]
+    assert places.list_files(inversion_file.KIND) == ["path.safetensors"]
     before = LoadAttentionStore.fingerprint_inputs("mine.safetensors")
     os.utime(into / "mine.safetensors", (2, 2))
     assert LoadAttentionStore.fingerprint_inputs("mine.safetensors") != before

@@ -3,7 +3,10 @@
 import math
 from dataclasses import dataclass
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+
+from . import text
+from .text import width_of
 
 WIDTH, MARGIN, GAP = 1120, 36, 12
 INNER = WIDTH - 2 * MARGIN
@@ -13,7 +16,7 @@ MEASURED, THEORY = "#ffb057", "#6cb6ff"
 _FINE = 3  # charts are drawn this much larger and scaled down: PIL's lines have hard edges
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Series:
     """A line of a chart: a value for each x, a name for the legend; broken where a value is None."""
 
@@ -23,7 +26,7 @@ class Series:
     dashed: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Chart:
     """A chart over steps.
 
@@ -36,7 +39,7 @@ class Chart:
 
     title: str
     steps: list
-    series: list
+    series: list[Series]
     log: bool = False
 
 
@@ -48,14 +51,14 @@ class Card:
         self._draw = ImageDraw.Draw(self._image)
         self._y = MARGIN
 
-    def image(self):
+    def image(self) -> Image.Image:
         """The picture drawn so far."""
         return self._image.crop((0, 0, WIDTH, self._y + MARGIN - GAP))
 
     def title(self, title, line, beside=""):
         """A heading, softer words beside it and a softer line below."""
         self._words((MARGIN, self._y), title, 38, TEXT)
-        self._words((MARGIN + _width(title, 38) + 20, self._y + 14), beside, 24, SOFT)
+        self._words((MARGIN + width_of(title, 38) + 20, self._y + 14), beside, 24, SOFT)
         self._words((MARGIN, self._y + 52), _fitted(line, 21, INNER), 21, SOFT)
         self._y += 96
 
@@ -70,9 +73,9 @@ class Card:
         self._y += 94 + 24
 
     def strip(self, title, pictures, captions=None, line="", columns=8):
-        """A row of up to `columns` thumbnails with a heading, words under each, and a softer line beside the heading."""
+        """A row of up to `columns` thumbnails with words under each, a heading, and a softer line beside it."""
         self._words((MARGIN, self._y), title, 24, TEXT)
-        self._words((MARGIN + _width(title, 24) + 16, self._y + 4), line, 19, SOFT)
+        self._words((MARGIN + width_of(title, 24) + 16, self._y + 4), line, 19, SOFT)
         self._y += 38
         side = (INNER - GAP * (columns - 1)) / columns
         height = min(pictures[0].height / pictures[0].width, 2.0) * side
@@ -83,13 +86,13 @@ class Card:
             small = picture.convert("RGB").resize((round(side), max(round(height), 1)), kind)
             self._image.paste(small, (x, round(self._y)), _rounded(small.size, 6))
             if captions:
-                self._words((x + side / 2, self._y + height + 6), captions[k], 19, SOFT, "ma")
+                self._words((x + side / 2, self._y + height + 6), captions[k], 19, SOFT, anchor="ma")
         self._y = round(self._y + height + (38 if captions else 0) + 18)
 
     def lines(self, lines):
         """Softer lines of text."""
-        for words in lines:
-            self._words((MARGIN, self._y), _fitted(words, 21, INNER), 21, SOFT)
+        for line in lines:
+            self._words((MARGIN, self._y), _fitted(line, 21, INNER), 21, SOFT)
             self._y += 32
         self._y += GAP
 
@@ -104,8 +107,8 @@ class Card:
         left = 190
         side = min((INNER - left - GAP * (len(heads) - 1)) / len(heads), largest)
         xs = [round(MARGIN + left + k * (side + GAP)) for k in range(len(heads))]
-        for x, words in zip(xs, heads):
-            self._words((x + side / 2, self._y), words, 20, SOFT, "ma")
+        for x, head in zip(xs, heads):
+            self._words((x + side / 2, self._y), head, 20, SOFT, anchor="ma")
         self._y += 34
         shape = next(c for _, _, cells in rows for c in cells if isinstance(c, Image.Image))
         height = round(min(shape.height / shape.width, 2.0) * side)
@@ -119,7 +122,8 @@ class Card:
                     self._image.paste(cell.resize(size, kind).convert("RGB"), (x, self._y), _rounded(size, 6))
                 elif cell is not None:
                     self._panel(x, side, height)
-                    self._words((x + side / 2, self._y + height / 2), _fitted(cell, 17, side - 8), 17, SOFT, "mm")
+                    middle = x + side / 2, self._y + height / 2
+                    self._words(middle, _fitted(cell, 17, side - 8), 17, SOFT, anchor="mm")
             self._y += max(height, 62) + GAP
 
     def charts(self, charts):
@@ -131,16 +135,17 @@ class Card:
             self._chart(chart, (round(x), self._y, round(width), height))
         self._y += height + GAP
 
-    def _chart(self, chart, box):
+    def _chart(self, chart: Chart, box):
         x0, y0, width, height = box
         self._words((x0 + 16, y0 + 12), _fitted(chart.title, 21, width - 26), 21, TEXT)
         legend = x0 + 16
         for series in chart.series:
-            _line(self._draw, [(legend, y0 + 54), (legend + 22, y0 + 54)], series.colour, 3, series.dashed and 6)
+            sample = [(legend, y0 + 54), (legend + 22, y0 + 54)]
+            _line(self._draw, sample, series.colour, 3, dash=6 if series.dashed else 0)
             self._words((legend + 30, y0 + 43), series.name, 18, SOFT)
-            legend += 30 + _width(series.name, 18) + 20
+            legend += 30 + width_of(series.name, 18) + 20
         scale = Scale([v for s in chart.series for v in s.values if v is not None], chart.log)
-        left = max(_width(label, 17) for _, label in scale.ticks) + 26
+        left = max(width_of(label, 17) for _, label in scale.ticks) + 26
         area = (x0 + left, y0 + 82, x0 + width - 18, y0 + height - 38)
         first, last = chart.steps[0], max(chart.steps[-1], chart.steps[0] + 1)
 
@@ -151,9 +156,9 @@ class Card:
         for value, label in scale.ticks:
             y = place(first, value)[1]
             self._draw.line([(area[0], y), (area[2], y)], LINE)
-            self._words((area[0] - 10, y), label, 17, SOFT, "rm")
+            self._words((area[0] - 10, y), label, 17, SOFT, anchor="rm")
         for step, anchor in ((first, "la"), (last, "ra")):
-            self._words((place(step, scale.low)[0], area[3] + 9), f"step {step + 1}", 17, SOFT, anchor)
+            self._words((place(step, scale.low)[0], area[3] + 9), f"step {step + 1}", 17, SOFT, anchor=anchor)
         layer = self._image.crop((x0, y0, x0 + width, y0 + height))
         layer = layer.resize((width * _FINE, height * _FINE), Image.Resampling.NEAREST)
         fine = ImageDraw.Draw(layer)
@@ -161,7 +166,7 @@ class Card:
             points = [None if v is None else place(s, v) for s, v in zip(chart.steps, series.values)]
             for run in _runs(points):
                 run = [((x - x0) * _FINE, (y - y0) * _FINE) for x, y in run]
-                _line(fine, run, series.colour, 3 * _FINE, series.dashed and 7 * _FINE)
+                _line(fine, run, series.colour, 3 * _FINE, dash=7 * _FINE if series.dashed else 0)
         self._image.paste(layer.resize((width, height), Image.Resampling.BOX), (x0, y0))
 
     def _panel(self, x, width, height):
@@ -169,7 +174,7 @@ class Card:
         self._image.paste(Image.new("RGB", size, PANEL), (round(x), self._y), _rounded(size, 10))
 
     def _words(self, at, words, size, colour, anchor="la"):
-        self._draw.text(at, words, colour, _font(size), anchor)
+        self._draw.text(at, words, fill=colour, font=text.font(size), anchor=anchor)
 
 
 class Scale:
@@ -206,21 +211,8 @@ class Scale:
         return (value - self.low) / (self.high - self.low)
 
 
-def _font(size):
-    return ImageFont.load_default(size)
-
-
-def _width(words, size):
-    return _font(size).getlength(words)
-
-
-def _fitted(words, size, width):
-    """The words, cut to the width with dots."""
-    if _width(words, size) <= width:
-        return words
-    while words and _width(words + "...", size) > width:
-        words = words[:-1]
-    return words.rstrip() + "..."
+def _fitted(words, size, room):
+    return text.cut(words, room, lambda part: width_of(part, size))
 
 
 def _rounded(size, radius):
@@ -255,5 +247,6 @@ def _line(draw, points, colour, width, dash=0):
                 part = min(max(dash - at % dash, 0.5), length - done)
                 if int(at // dash) % 2 == 0:
                     a, b = done / length, (done + part) / length
-                    draw.line([(ax + (bx - ax) * a, ay + (by - ay) * a), (ax + (bx - ax) * b, ay + (by - ay) * b)], colour, width)
+                    ends = [(ax + (bx - ax) * share, ay + (by - ay) * share) for share in (a, b)]
+                    draw.line(ends, colour, width)
                 at, done = at + part, done + part

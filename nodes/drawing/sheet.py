@@ -1,14 +1,17 @@
 """A contact sheet as a tensor: pictures in rows and columns with words over, beside and under them."""
 
-import numpy
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from einops import rearrange
+from PIL import Image, ImageDraw
+
+from . import text
+from .pixels import to_tensor
 
 PAPER, INK, SOFT = (255, 255, 255), (20, 20, 20), (90, 90, 90)
 LINES = 3  # of words under a picture
 
 
-def draw(pictures, columns, labels=(), tops=(), lefts=()):
+def draw(pictures, columns, *, labels=(), tops=(), lefts=()) -> torch.Tensor:
     """The sheet, float32 [height, width, 3] in 0..1.
 
     A picture as large as the largest is copied as it is; smaller ones are enlarged to fit into its place.
@@ -34,22 +37,23 @@ def draw(pictures, columns, labels=(), tops=(), lefts=()):
     page = Image.new("RGB", (left + columns * (width + gap), top + sum(heights)), PAPER)
     pen = ImageDraw.Draw(page)
 
-    def write(words, x, y, colour):
-        for k, text in enumerate(words):
-            pen.text((x, y + k * line), text, colour, _font(size))
+    def write(lines, x, y, colour):
+        for k, words in enumerate(lines):
+            pen.text((x, y + k * line), words, colour, text.font(size))
 
     corners = [(left + (k % columns) * (width + gap), top + sum(heights[: k // columns])) for k in range(len(pictures))]
     for words, (x, _) in zip(over, corners):
         write(words, x, gap, INK)
     for words, (_, y) in zip(lefts, corners[::columns]):
-        pen.text((gap, y + height / 2), words, INK, _font(size), "lm")
+        pen.text((gap, y + height / 2), words, fill=INK, font=text.font(size), anchor="lm")
     for words, (x, y) in zip(under, corners):
         write(words, x, y + height + gap // 2, SOFT)
-    sheet = torch.from_numpy(numpy.asarray(page, numpy.float32) / 255)
+    sheet = to_tensor(page)
     for picture, (x, y) in zip(pictures, corners):
-        own = fitted(picture, place)
-        y, x = y + (height - own.shape[0]) // 2, x + (width - own.shape[1]) // 2
-        sheet[y : y + own.shape[0], x : x + own.shape[1]] = own
+        enlarged = fitted(picture, place)
+        h, w = enlarged.shape[:2]
+        y, x = y + (height - h) // 2, x + (width - w) // 2
+        sheet[y : y + h, x : x + w] = enlarged
     return sheet
 
 
@@ -60,16 +64,13 @@ def fitted(picture, place):
     size = [max(round(side * scale), 1) for side in picture.shape[:2]]
     if size == list(picture.shape[:2]):
         return picture
-    out = torch.nn.functional.interpolate(picture.movedim(-1, 0)[None], size, mode="bicubic", antialias=True)
-    return out[0].movedim(0, -1).clamp(0, 1)
-
-
-def _font(size):
-    return ImageFont.load_default(size)
+    batch = rearrange(picture, "h w c -> 1 c h w")
+    out = torch.nn.functional.interpolate(batch, size, mode="bicubic", antialias=True)
+    return rearrange(out, "1 c h w -> h w c").clamp(0, 1)
 
 
 def _width(words, size):
-    return round(_font(size).getlength(words))
+    return round(text.width_of(words, size))
 
 
 def _wrapped(words, size, width):
@@ -83,12 +84,4 @@ def _wrapped(words, size, width):
             lines.append(word)
     if len(lines) > LINES:
         lines[LINES - 1 :] = [lines[LINES - 1] + "..."]
-    return [_cut(line, size, width) for line in lines if line]
-
-
-def _cut(line, size, width):
-    if _width(line, size) <= width:
-        return line
-    while line and _width(line + "...", size) > width:
-        line = line[:-1]
-    return line.rstrip(" .") + "..."
+    return [text.cut(line, width, lambda part: _width(part, size), ends=" .") for line in lines if line]

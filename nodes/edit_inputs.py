@@ -1,0 +1,85 @@
+"""Shared by nodes that edit: inputs, the levels of an edit, and the run of its SAMPLER."""
+
+import comfy.model_management
+from comfy_api.latest import io
+
+from ..samplers.guider import LeditsGuider
+from ..samplers.ledits import SOLVERS
+from ..samplers.methods.record import Inversion
+from ..samplers.phased import PhasedSampler
+from . import feedback, sockets
+
+
+def edit_inputs():
+    """Inputs that guide an edit."""
+    return [
+        io.Model.Input("model", tooltip="The model that made the inversion. LoRA, ControlNet and patches may be "
+                       "added."),
+        io.Conditioning.Input("positive", tooltip="Target prompt. For concepts alone: the source prompt, or empty."),
+        io.Conditioning.Input("negative", tooltip="Usually the empty prompt."),
+    ]
+
+
+def cfg_input():
+    return io.Float.Input("cfg", default=7.5, min=0.0, max=100.0, step=0.1, round=0.01,
+                          tooltip="Guidance towards the target prompt: more changes more. LEDITS uses 7 to 15; for "
+                          "concepts alone the inversion's own value keeps the picture.")
+
+
+def path_inputs():
+    """Where an edit runs."""
+    return [sockets.Inversion.Input("inversion", tooltip="The picture's path, from an inversion node.")]
+
+
+def skip_input():
+    return io.Int.Input("skip", default=18, min=0, max=999,
+                        tooltip="Steps of the path to leave out at the noisy end. More stays closer to the picture, "
+                        "0 changes most. The paper skips 36 % of the steps.")
+
+
+def solver_input():
+    return io.Combo.Input("solver", options=list(SOLVERS), optional=True, advanced=True,
+                          tooltip="ddpm is LEDITS. dpmpp_2m_sde is the second-order solver of LEDITS++, for fewer "
+                          "steps.")
+
+
+def attention_inputs():
+    """Inputs of attention control."""
+    return [
+        sockets.Attention.Input("attention", optional=True,
+                                tooltip="Attention control: Prompt-to-Prompt, MasaCtrl, Plug-and-Play, ..."),
+        sockets.Store.Input("store", optional=True,
+                            tooltip="The source's attention, from Capture Attention. Saves the source pass."),
+    ]
+
+
+def fine_inputs():
+    """Further inputs of an edit in one node."""
+    return [
+        sockets.Concepts.Input("concepts", optional=True, tooltip="Semantic concepts to add or remove."),
+        io.Mask.Input("mask", optional=True, tooltip="Where the picture may change. Outside it, it stays as it was."),
+        solver_input(),
+        *attention_inputs(),
+    ]
+
+
+def sigmas_after(inversion: Inversion, skip):
+    """The SIGMAS of an edit that leaves out `skip` steps.
+
+    Raises:
+        ValueError: no step is left.
+    """
+    if skip >= inversion.steps:
+        raise ValueError(
+            f"skip is {skip}, but the inversion has {inversion.steps} steps: nothing is left to run. "
+            f"Choose 0 to {inversion.steps - 1}."
+        )
+    return inversion.sigmas[skip:]
+
+
+def edit(guider: LeditsGuider, sampler: PhasedSampler, sigmas, *, mask=None, runs: feedback.Runs | None = None):
+    """Run a SAMPLER on the picture of its `inversion`; the samples of a LATENT. `runs` as in `feedback.sample`."""
+    path = sampler.inversion
+    picture = path.latent_format.process_out(path.latents[-1])
+    samples = feedback.sample(guider, sampler, picture, sigmas, mask=mask, runs=runs)
+    return samples.to(comfy.model_management.intermediate_device())
