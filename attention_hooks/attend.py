@@ -96,11 +96,11 @@ def cross_attention(q, k, v, edited, edit, fetch, attention, patched=None):
             q[rows], k[rows], v[rows] = from_source(rows)
         return attention(q, k, v, everything)
 
-    own = torch.zeros(tokens, device=v.device, dtype=v.dtype) if edit.own is None else edit.own.to(v)
+    stays = torch.zeros(tokens, device=v.device, dtype=v.dtype) if edit.own is None else edit.own.to(v)
     # A shorter prompt is repeated to the length of a longer one in the same call; tokens that others add stay.
     factors = torch.ones(k.shape[1], device=v.device, dtype=v.dtype)
     repeats = k.shape[1] // tokens if k.shape[1] % tokens == 0 else 1
-    factors[: repeats * tokens] = own.repeat(repeats)
+    factors[: repeats * tokens] = stays.repeat(repeats)
 
     if patched is not None:
         out = patched(q, k, v, everything)

@@ -35,9 +35,9 @@ class Origin:
             )
         if self.model != model:
             raise ValueError(f"This attention store was captured with another model ({self.model}; here: {model}).")
-        for branch, own in self.prompts.items():
+        for branch, captured in self.prompts.items():
             other = prompts.get(branch)
-            if other is not None and not _close(own, other):
+            if other is not None and not _close(captured, other):
                 raise ValueError(
                     f"This attention store was captured with another {'source' if branch == 'source' else 'negative'} "
                     "prompt. Capture again, or connect the same prompt."

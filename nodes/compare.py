@@ -1,6 +1,7 @@
 """Many edits on one sheet: by method, and by skip and cfg from one inversion."""
 
 import re
+from dataclasses import replace
 
 import comfy.model_management
 import torch
@@ -9,7 +10,7 @@ from comfy_api.latest import io
 from ..samplers import models
 from ..samplers.guider import LeditsGuider
 from ..samplers.ledits import LeditsSampler
-from ..samplers.phased import PhasedSampler
+from ..samplers.phased import PhasedSampler, Run
 from . import feedback
 from .drawing import sheet
 from .edit_inputs import SOLVERS, edit, edit_inputs, fine_inputs, path_inputs, sigmas_after
@@ -178,13 +179,11 @@ class _Trial(PhasedSampler):
     def __init__(self, sampler: LeditsSampler, runs):
         self.inversion, self._sampler, self._runs = sampler.inversion, sampler, runs
 
-    def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None,
-               disable_pbar=False):
-        encoding = {"latent_image": latent_image, "denoise_mask": denoise_mask}
-        for levels, cfg in self._runs:
-            model_wrap.set_cfg(cfg)
-            self._sampler.begin(model_wrap, levels, extra_args, noise, **encoding)
-        return latent_image
+    def run(self, run: Run):
+        for sigmas, cfg in self._runs:
+            run.guider.set_cfg(cfg)
+            self._sampler.begin(replace(run, sigmas=sigmas))
+        return run.latent_image
 
 
 def skips_of(text, steps):

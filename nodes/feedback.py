@@ -68,10 +68,10 @@ def sample(guider: CFGGuider, sampler: PhasedSampler, samples, sigmas, *, mask=N
     Returns:
         samples as in a LATENT, from the sampler.
     """
-    callback, sampler.tell = latent_preview.prepare_callback(guider.model_patcher, len(sigmas) - 1), tell
+    callback, sampler.on_phase = latent_preview.prepare_callback(guider.model_patcher, len(sigmas) - 1), tell
     if runs is not None:
         runs.next()
-        callback, sampler.tell = runs.callback, runs.tell
+        callback, sampler.on_phase = runs.callback, runs.tell
     sampler.tell("loading the model")
     return guider.sample(
         torch.zeros_like(samples), samples, sampler, sigmas, denoise_mask=mask, seed=seed,

@@ -97,7 +97,7 @@ class LeditsSamplerNode(io.ComfyNode):
     @classmethod
     def execute(cls, inversion, skip, solver=SOLVERS[0], attention=None, store=None):
         sampler = LeditsSampler(inversion, solver=solver, attention=attention, store=store)
-        sampler.tell = feedback.tell
+        sampler.on_phase = feedback.tell
         return io.NodeOutput(sampler, sigmas_after(inversion, skip))
 
 

@@ -1,6 +1,7 @@
 """Into and out of a U-Net's cross-attention, through ComfyUI's patches: what `to_v` sees, and the attention maps."""
 
 import math
+from collections.abc import Iterable
 
 import comfy.model_patcher
 import torch
@@ -21,10 +22,10 @@ class ValuePatch:
         seen: {(name, number, layer): (height, width)} of every cross-attention that ran.
     """
 
-    def __init__(self, uuids):
+    def __init__(self, uuids: Iterable):
         self.uuids, self.value, self.seen = set(uuids), None, {}
 
-    def install(self, options):
+    def install(self, options: dict):
         """Put it first in a run's own `model_options`: patches of other packs may change the result further."""
         patches = options.setdefault("transformer_options", {}).setdefault("patches", {})
         patches["attn2_patch"] = [self, *patches.get("attn2_patch", [])]
@@ -52,7 +53,7 @@ class MapTap:
         layers: keys (name, number, layer), see `coarse_layers`.
     """
 
-    def __init__(self, options, layers):
+    def __init__(self, options: dict, layers: list[tuple]):
         self.on, self.maps = False, None
         present = options.get("transformer_options", {}).get("patches_replace", {}).get("attn2", {})
         for key in layers:
@@ -75,7 +76,7 @@ class MapTap:
         return attend
 
 
-def coarse_layers(seen, height, width):
+def coarse_layers(seen: dict, height: int, width: int) -> list[tuple]:
     """The layers whose maps StyleDiffusion compares: those at a quarter of the latent's resolution, down and up.
 
     For SD 1.x at 512 x 512 the paper's five at 16 x 16. Of transformers of several layers (SDXL) the last; where a

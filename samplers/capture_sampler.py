@@ -14,7 +14,7 @@ from . import models
 from .inverters import can_batch_levels
 from .methods.record import Inversion
 from .overrides import Overrides
-from .phased import PhasedSampler
+from .phased import PhasedSampler, Run
 
 
 class CaptureSampler(PhasedSampler):
@@ -35,21 +35,20 @@ class CaptureSampler(PhasedSampler):
         self.inversion, self.controls, self.dtype, self.all_steps = inversion, tuple(controls), dtype, all_steps
         self.store = None
 
-    def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False):
-        path, steps = self.inversion, len(sigmas) - 1
-        models.check(model_wrap.model_patcher, path)
-        encoding = {"latent_image": latent_image, "denoise_mask": denoise_mask}
-        prescribed = Overrides(model_wrap, path, noise, extra_args, **encoding)
+    def run(self, run: Run) -> torch.Tensor:
+        path, steps = self.inversion, run.steps
+        models.check(run.model, path)
+        prescribed = Overrides(run, path)
         source = open_source(
-            controls=self.controls, guider=model_wrap, path=path, start=path.start_of(sigmas), steps=steps,
+            controls=self.controls, guider=run.guider, path=path, start=path.start_of(run.sigmas), steps=steps,
             options=prescribed.extra_args["model_options"], store=AttentionStore("cpu", self.dtype),
-            batch_levels=can_batch_levels({}, extra_args["model_options"]), **encoding,
+            batch_levels=can_batch_levels({}, run.options), **run.encoding,
         )
         wanted = [source.needs(step) for step in range(steps)]
         if self.all_steps:
             wanted = [set().union(*wanted)] * steps
         self._check_size(sum(source.nbytes(slots, self.dtype.itemsize) for slots in wanted), steps)
-        bar, step = trange(steps, disable=disable_pbar), 0
+        bar, step = trange(steps, disable=run.quiet), 0
         with bar:
             while step < steps:
                 comfy.model_management.throw_exception_if_processing_interrupted()
@@ -58,13 +57,12 @@ class CaptureSampler(PhasedSampler):
                 source.fill(together)
                 step += len(together)
                 bar.update(len(together))
-                if callback is not None:
-                    here = path.latents[source.start + step - 1].to(noise.device)
-                    callback(step - 1, path.latents[-1].to(noise.device), here, steps)
+                here = path.latents[source.start + step - 1].to(run.device)
+                run.show(step - 1, path.latents[-1].to(run.device), here, steps)
                 self.tell(f"{self.phase} {step}/{steps}")
         source.store.origin = source.origin(range(steps))
         self.store = source.store
-        return path.latents[-1].to(noise.device)
+        return path.latents[-1].to(run.device)
 
     @staticmethod
     def _check_size(needed, steps):
@@ -77,10 +75,12 @@ class CaptureSampler(PhasedSampler):
         told = f"{needed / 2**30:.2f} GB of host memory for {steps} steps"
         logging.info("LEDITS: Capture Attention keeps %s.", told)
         if needed == 0:
-            raise ValueError("The connected attention controls read nothing of the source in these steps: check windows.")
+            raise ValueError(
+                "The connected attention controls read nothing of the source in these steps: check windows."
+            )
         if needed > free / 2:
             raise ValueError(
-                f"Capture Attention would keep {told}, but only {free / 2**30:.2f} GB are free (half of it may be used). "
-                "Choose float16, fewer blocks, shorter windows, or skip more steps; without a store the sampler needs a "
-                "few steps' worth only."
+                f"Capture Attention would keep {told}, but only {free / 2**30:.2f} GB are free (half of it may be "
+                "used). Choose float16, fewer blocks, shorter windows, or skip more steps; without a store the sampler "
+                "needs a few steps' worth only."
             )

@@ -7,8 +7,9 @@ from tqdm.auto import tqdm
 from . import attention_taps, models
 from .gradients import Predictor
 from .methods import ddim, null_text, style_diffusion
+from .methods.families import Family
 from .methods.record import Inversion, check_latent, check_sigmas
-from .phased import PhasedSampler
+from .phased import PhasedSampler, Run
 
 
 class _Learner(PhasedSampler):
@@ -28,21 +29,20 @@ class _Learner(PhasedSampler):
         self.keep, self.settings = keep, settings or {}
         self.inversion = None
 
-    def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False):
-        model = model_wrap.model_patcher
+    def run(self, run: Run) -> torch.Tensor:
+        model, steps = run.model, run.steps
         family = models.family(model)
-        check_sigmas(sigmas)
-        check_latent(latent_image)
-        steps = len(sigmas) - 1
+        check_sigmas(run.sigmas)
+        check_latent(run.latent_image)
         with torch.inference_mode(False), torch.no_grad():
-            predict = Predictor(model_wrap, extra_args["model_options"])
-            picture, levels = latent_image.clone(), sigmas.float().cpu().clone()
+            predict = Predictor(run.guider, run.options)
+            picture, levels = run.latent_image.clone(), run.sigmas.float().cpu().clone()
             self.prepare(predict, levels, picture)
-            progress = _Progress(callback, self.tell, self.method, [self.most(i) for i in range(steps)])
+            progress = _Progress(run.callback, self.tell, self.method, [self.most(i) for i in range(steps)])
             latents = self._path(predict, picture, levels, family, models.scaling(model), progress)
             predict.tick = progress.tick
-            learned, losses = self._learn(predict, latents, levels, family, progress, disable_pbar)
-        settings = self.settings | {"cfg": model_wrap.cfg}
+            learned, losses = self._learn(predict, latents, levels, family, progress, run.quiet)
+        settings = self.settings | {"cfg": run.guider.cfg}
         if torch.isfinite(losses).any():
             settings["loss"] = float(losses.nanmean())
         self.inversion = Inversion(
@@ -58,7 +58,7 @@ class _Learner(PhasedSampler):
         )
         return latents[0]
 
-    def _path(self, predict, picture, sigmas, family, scaling, progress):
+    def _path(self, predict: Predictor, picture, sigmas: torch.Tensor, family: Family, scaling, progress: "_Progress"):
         """The DDIM inversion at guidance 1, [N + 1, B, C, H, W]."""
 
         def denoise(y, sigma, i):
@@ -68,7 +68,8 @@ class _Learner(PhasedSampler):
 
         return ddim.invert(picture, sigmas, denoise, family=family, scaling=scaling)
 
-    def _learn(self, predict, latents, sigmas, family, progress, disable):
+    def _learn(self, predict: Predictor, latents, sigmas: torch.Tensor, family: Family, progress: "_Progress",
+               disable: bool):
         """Embeddings [N, B, ...] and losses [N, B], on the CPU."""
         steps = len(sigmas) - 1
         learned, losses = [], []
@@ -149,13 +150,13 @@ class NullTextInverter(_Learner):
     def most(self, i):
         return self.inner_steps
 
-    def prepare(self, predict, sigmas, picture):
+    def prepare(self, predict: Predictor, sigmas: torch.Tensor, picture: torch.Tensor):
         pass
 
-    def start(self, predict, latents):
+    def start(self, predict: Predictor, latents: torch.Tensor):
         return predict.words("negative", latents.shape[1])
 
-    def steps(self, predict, latents, sigmas, family):
+    def steps(self, predict: Predictor, latents: torch.Tensor, sigmas: torch.Tensor, family: Family):
         return null_text.learn(
             latents, sigmas, predict, self.start(predict, latents), family=family, inner_steps=self.inner_steps,
             rate=self.rate, enough=self.enough,
@@ -182,15 +183,15 @@ class StyleDiffusionInverter(_Learner):
     def most(self, i):
         return style_diffusion.inner_steps(i, self.most_steps)
 
-    def prepare(self, predict, sigmas, picture):
+    def prepare(self, predict: Predictor, sigmas: torch.Tensor, picture: torch.Tensor):
         self._patch = attention_taps.ValuePatch(cond["uuid"] for cond in predict.conds["positive"])
         self._patch.install(predict.options)
 
-    def start(self, predict, latents):
+    def start(self, predict: Predictor, latents: torch.Tensor):
         words = predict.words("positive", latents.shape[1])
         return torch.stack([torch.ones_like(words), torch.zeros_like(words)], 1)
 
-    def steps(self, predict, latents, sigmas, family):
+    def steps(self, predict: Predictor, latents: torch.Tensor, sigmas: torch.Tensor, family: Family):
         words = predict.words("positive", latents.shape[1])
         if self.features is None:
             value = style_diffusion.Direct(*words.shape, words.device)

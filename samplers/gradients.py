@@ -7,6 +7,7 @@ outside inference mode. ComfyUI's way to have that is a weight wrapper on a clon
 import contextlib
 import copy
 import functools
+from collections.abc import Callable
 
 import comfy.conds
 import comfy.model_management
@@ -43,7 +44,7 @@ def check(model: ModelPatcher):
         )
 
 
-def check_prompt(conditioning, name):
+def check_prompt(conditioning: list, name: str):
     """Refuse a CONDITIONING that is more than one prompt's words.
 
     Raises:
@@ -69,35 +70,35 @@ def differentiable(model: ModelPatcher):
         ValueError: the MODEL is no U-Net, or is under dynamic VRAM and cannot be loaded again.
     """
     check(model)
-    own = _clone(model)
-    shared = own.model is model.model
-    unet = own.get_model_object("diffusion_model")
+    clone = _clone(model)
+    shared = clone.model is model.model
+    unet = clone.get_model_object("diffusion_model")
     blocks = {name: m for name, m in unet.named_modules() if isinstance(m, (ResBlock, BasicTransformerBlock))}
     forwards = [block for block in blocks.values() if "forward" not in vars(block)]
     for name, module in unet.named_modules():
         if hasattr(module, "weight_function"):
             for parameter in ("weight", "bias"):
                 if getattr(module, parameter, None) is not None:
-                    own.add_weight_wrapper(f"diffusion_model.{name}.{parameter}", torch.clone)
+                    clone.add_weight_wrapper(f"diffusion_model.{name}.{parameter}", torch.clone)
     for name in blocks:
         key = f"diffusion_model.{name}.forward"
-        own.add_object_patch(key, checkpointed(own.get_model_object(key)))
-    own.model_options.setdefault("transformer_options", {})["optimized_attention_override"] = torch_attention
-    own.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, "ledits_gradients", _more_memory)
-    own.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, "torch.compile")
-    own.remove_additional_models("multigpu")
+        clone.add_object_patch(key, checkpointed(clone.get_model_object(key)))
+    clone.model_options.setdefault("transformer_options", {})["optimized_attention_override"] = torch_attention
+    clone.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, "ledits_gradients", _more_memory)
+    clone.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, "torch.compile")
+    clone.remove_additional_models("multigpu")
     try:
-        yield own
+        yield clone
     finally:
         if shared:  # ComfyUI takes wrappers and patches off when it loads the MODEL that has none
             comfy.model_management.load_models_gpu([model])
             for block in forwards:  # ...but puts a method back as an attribute of the object
                 vars(block).pop("forward", None)
         else:
-            _unload(own)
+            _unload(clone)
 
 
-def _clone(model):
+def _clone(model: ModelPatcher) -> ModelPatcher:
     if not model.is_dynamic():
         return model.clone()
     if model.cached_patcher_init is None:
@@ -109,7 +110,7 @@ def _clone(model):
     return model.clone().get_non_dynamic_delegate()
 
 
-def _unload(model):
+def _unload(model: ModelPatcher):
     """Unload a MODEL and its clones, as `unload_model_and_clones` does, which ComfyUI 0.18 does not have."""
     management = comfy.model_management
     loaded = management.current_loaded_models
@@ -117,7 +118,7 @@ def _unload(model):
     management.free_memory(1e30, model.load_device, others)
 
 
-def checkpointed(forward):
+def checkpointed(forward: Callable) -> Callable:
     """A block's `forward` that keeps no activations for a backward pass, but runs once more in it."""
 
     @functools.wraps(forward)
@@ -160,32 +161,32 @@ class Predictor:
         self.options = comfy.model_patcher.create_model_options_clone(model_options)
         self.conds = {name: [_thawed(c) for c in guider.conds[name]] for name in ("positive", "negative")}
 
-    def words(self, name, pictures):
+    def words(self, name: str, pictures: int) -> torch.Tensor:
         """The embedding of a prompt for every picture, float32 [pictures, tokens, width].
 
         Raises:
             ValueError: the model takes none.
         """
-        own = self.conds[name][0]["model_conds"].get("c_crossattn")
-        if own is None:
+        cross = self.conds[name][0]["model_conds"].get("c_crossattn")
+        if cross is None:
             raise ValueError("This model has no cross-attention to a prompt: there is nothing that could be learned.")
-        return own.process_cond(batch_size=pictures).cond.float()
+        return cross.process_cond(batch_size=pictures).cond.float()
 
-    def __call__(self, name, y, sigma, words=None):
+    def __call__(self, name: str, y: torch.Tensor, sigma, words: torch.Tensor | None = None) -> torch.Tensor:
         """D of the prompt `name`, with other `words` than its own where given."""
         comfy.model_management.throw_exception_if_processing_interrupted()
         if self.tick is not None and torch.is_grad_enabled():
             self.tick()
         cond = self.conds[name][0]
         if words is not None:
-            own = cond["model_conds"] | {"c_crossattn": comfy.conds.CONDCrossAttn(words)}
-            cond = {**cond, "model_conds": own}
+            encoded = cond["model_conds"] | {"c_crossattn": comfy.conds.CONDCrossAttn(words)}
+            cond = {**cond, "model_conds": encoded}
         self._guider.rows += len(y) * (2 if torch.is_grad_enabled() else 1)
         pair = [[cond], None] if name == "positive" else [None, [cond]]
         out = comfy.samplers.calc_cond_batch(self._model, pair, y, self.level(y, sigma), self.options)
         return out[0] if name == "positive" else out[1]
 
-    def combine(self, y, sigma, positive, negative):
+    def combine(self, y: torch.Tensor, sigma, positive: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
         """Guidance as the run has it: the guider's cfg, or another pack's function in its place."""
         return comfy.samplers.cfg_function(
             self._model, positive, negative, self._guider.cfg, y, self.level(y, sigma), self.options,
@@ -193,12 +194,12 @@ class Predictor:
         )
 
     @staticmethod
-    def level(y, sigma):
+    def level(y: torch.Tensor, sigma) -> torch.Tensor:
         """A noise level for every picture, [B]."""
         return torch.as_tensor(sigma, dtype=y.dtype, device=y.device).expand(len(y))
 
 
-def _thawed(cond):
+def _thawed(cond: dict) -> dict:
     """A processed conditioning whose tensors may take part in gradients."""
 
     def thaw(value):
@@ -206,6 +207,6 @@ def _thawed(cond):
 
     model_conds = {}
     for name, value in cond["model_conds"].items():
-        model_conds[name] = own = copy.copy(value)
-        own.cond = [thaw(v) for v in own.cond] if isinstance(own.cond, list) else thaw(own.cond)
+        model_conds[name] = thawed = copy.copy(value)
+        thawed.cond = [thaw(v) for v in thawed.cond] if isinstance(thawed.cond, list) else thaw(thawed.cond)
     return {**cond, "model_conds": model_conds}

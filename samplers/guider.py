@@ -95,10 +95,10 @@ class LeditsGuider(comfy.samplers.CFGGuider):
     def _evaluate(self, conds, x, timestep, options):
         """Predictions D for each CONDITIONING; None gives zeros, as in core."""
         self.rows += x.shape[0] * sum(in_range(c, timestep[0]) for cond in conds if cond is not None for c in cond)
-        own = options.get("sampler_calc_cond_batch_function")
-        if own is None:
+        replacement = options.get("sampler_calc_cond_batch_function")
+        if replacement is None:
             return comfy.samplers.calc_cond_batch(self.inner_model, conds, x, timestep, options)
-        return list(own({"conds": conds, "input": x, "sigma": timestep, "model": self.inner_model,
+        return list(replacement({"conds": conds, "input": x, "sigma": timestep, "model": self.inner_model,
                          "model_options": options}))
 
     @staticmethod

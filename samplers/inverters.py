@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import comfy.model_management
 import torch
-from comfy.model_patcher import ModelPatcher
 from comfy.samplers import CFGGuider
 from tqdm.auto import trange
 
@@ -12,7 +11,7 @@ from . import models
 from .methods import ddim, edit_friendly
 from .methods.record import Inversion, check_latent, check_sigmas
 from .overrides import Overrides
-from .phased import PhasedSampler
+from .phased import PhasedSampler, Run
 
 # Pictures in one call: on a CPU 16 take a tenth less time than calls of 4 each, and 64 a fifth more.
 _MOST_PICTURES = 16
@@ -26,38 +25,39 @@ class _AlongPath(PhasedSampler):
 
     inversion, phase = None, "inverting"
 
-    def _denoiser(self, model_wrap, extra_args, callback, bar, pictures, upwards=False):
+    def _denoiser(self, run: Run, bar, pictures: int, upwards=False, extra_args: dict | None = None):
         """`(y, sigma, i) -> D` as the functions of `ddim` and `edit_friendly` take it.
 
         Args:
             bar: progress over the steps of the path.
             pictures: latents of one step.
             upwards: whether the steps come from the last to the first.
+            extra_args: of every call, in place of the run's.
         """
+        extra_args = extra_args or run.extra_args
 
         def denoise(y, sigma, i):
             comfy.model_management.throw_exception_if_processing_interrupted()
-            d = model_wrap(y, sigma, **extra_args)
+            d = run.guider(y, sigma, **extra_args)
             done = bar.total - i if upwards else i + len(y) // pictures
             bar.update(done - bar.n)
-            if callback is not None:
-                callback(done - 1, d[-pictures:], y[-pictures:], bar.total)
+            run.show(done - 1, d[-pictures:], y[-pictures:], bar.total)
             self.tell(f"{self.phase} {done}/{bar.total}")
             return d
 
         return denoise
 
-    def _record(self, model: ModelPatcher, sigmas, latents, rest, etas, method: str):
+    def _record(self, run: Run, latents: torch.Tensor, rest: torch.Tensor | None, etas: torch.Tensor, method: str):
         self.inversion = Inversion(
-            sigmas=sigmas.float().cpu(),
+            sigmas=run.sigmas.float().cpu(),
             latents=latents.cpu(),
             residuals=rest,
             etas=etas,
-            family=models.family(model).name,
-            model=models.describe(model),
+            family=models.family(run.model).name,
+            model=models.describe(run.model),
             method=method,
             settings=self.settings,
-            latent_format=model.model.latent_format,
+            latent_format=run.model.model.latent_format,
         )
         return latents[0]
 
@@ -75,18 +75,17 @@ class EditFriendlyInverter(_AlongPath):
     def __init__(self, seed: int, etas: torch.Tensor, steps_at_once=0, settings: dict | None = None):
         self.seed, self.etas, self.steps_at_once, self.settings = seed, etas, steps_at_once, settings or {}
 
-    def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False):
-        model = model_wrap.model_patcher
-        family = models.family(model)
-        check_sigmas(sigmas)
-        check_latent(latent_image)
-        draws = edit_friendly.draw_noise(latent_image.shape, len(sigmas) - 1, self.seed).to(latent_image)
-        latents = edit_friendly.noisy_path(latent_image, sigmas, draws, family=family)
-        chunk = levels_at_once(model_wrap, latent_image.shape, extra_args["model_options"], self.steps_at_once)
-        with trange(len(sigmas) - 1, disable=disable_pbar) as bar:
-            denoise = self._denoiser(model_wrap, extra_args, callback, bar, len(latent_image))
-            rest = edit_friendly.residuals(latents, sigmas, self.etas, denoise, chunk, family=family)
-        return self._record(model, sigmas, latents, rest.cpu(), self.etas, "edit-friendly DDPM")
+    def run(self, run: Run) -> torch.Tensor:
+        family, picture = models.family(run.model), run.latent_image
+        check_sigmas(run.sigmas)
+        check_latent(picture)
+        draws = edit_friendly.draw_noise(picture.shape, run.steps, self.seed).to(picture)
+        latents = edit_friendly.noisy_path(picture, run.sigmas, draws, family=family)
+        chunk = levels_at_once(run.guider, picture.shape, run.options, self.steps_at_once)
+        with trange(run.steps, disable=run.quiet) as bar:
+            denoise = self._denoiser(run, bar, len(picture))
+            rest = edit_friendly.residuals(latents, run.sigmas, self.etas, denoise, chunk, family=family)
+        return self._record(run, latents, rest.cpu(), self.etas, "edit-friendly DDPM")
 
 
 class DDIMInverter(_AlongPath):
@@ -103,24 +102,24 @@ class DDIMInverter(_AlongPath):
         self.convention, self.refinements, self.tolerance = convention, refinements, tolerance
         self.method, self.settings, self.regularise = method, settings or {}, regularise
 
-    def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False):
-        model = model_wrap.model_patcher
-        family = models.family(model)
-        check_sigmas(sigmas)
-        check_latent(latent_image)
-        lowest = float(model.get_model_object("model_sampling").sigma_min)
-        with trange(len(sigmas) - 1, disable=disable_pbar) as bar:
-            denoise = self._denoiser(model_wrap, extra_args, callback, bar, len(latent_image), upwards=True)
+    def run(self, run: Run) -> torch.Tensor:
+        family, picture = models.family(run.model), run.latent_image
+        check_sigmas(run.sigmas)
+        check_latent(picture)
+        lowest = float(run.model.get_model_object("model_sampling").sigma_min)
+        with trange(run.steps, disable=run.quiet) as bar:
+            denoise = self._denoiser(run, bar, len(picture), upwards=True)
             latents = ddim.invert(
-                latent_image, sigmas, denoise, family=family, scaling=models.scaling(model), convention=self.convention,
-                refinements=self.refinements, tolerance=self.tolerance, lowest=lowest, regularise=self.regularise,
+                picture, run.sigmas, denoise, family=family, scaling=models.scaling(run.model),
+                convention=self.convention, refinements=self.refinements, tolerance=self.tolerance, lowest=lowest,
+                regularise=self.regularise,
             )
         if not torch.isfinite(latents[0]).all():
             raise ValueError(
-                "The inversion did not converge: invert at cfg 1, or with fewer refinements. With both already low, the "
-                "model itself gave NaN or infinite numbers (--force-fp32 helps where float16 is the cause)."
+                "The inversion did not converge: invert at cfg 1, or with fewer refinements. With both already low, "
+                "the model itself gave NaN or infinite numbers (--force-fp32 helps where float16 is the cause)."
             )
-        return self._record(model, sigmas, latents, None, torch.zeros(len(sigmas) - 1), self.method)
+        return self._record(run, latents, None, torch.zeros(run.steps), self.method)
 
 
 class SourceBranch(_AlongPath):
@@ -138,18 +137,17 @@ class SourceBranch(_AlongPath):
         self.inversion, self.scale, self.every = inversion, scale, every
         self.method = method or inversion.method
 
-    def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False):
+    def run(self, run: Run) -> torch.Tensor:
         path = self.inversion
-        encoding = {"latent_image": latent_image, "denoise_mask": denoise_mask}
-        prescribed = Overrides(model_wrap, path, noise, extra_args, **encoding)
-        with trange(path.steps, disable=disable_pbar) as bar:
-            evaluate = self._denoiser(model_wrap, prescribed.extra_args, callback, bar, path.batch)
+        prescribed = Overrides(run, path)
+        with trange(path.steps, disable=run.quiet) as bar:
+            evaluate = self._denoiser(run, bar, path.batch, extra_args=prescribed.extra_args)
 
             def denoise(y, sigma, i):
                 prescribed.apply(i)
                 return evaluate(y, sigma, i)
 
-            latents = path.latents.to(noise.device)
+            latents = path.latents.to(run.device)
             branch = ddim.simulate(latents, path.sigmas, denoise, self.scale, self.every, family=path.kind)
         self.inversion = replace(path, latents=branch.cpu(), method=self.method)
         return branch[0]
@@ -172,26 +170,26 @@ class TargetOffset(_AlongPath):
         self.inversion, self.steps_at_once = inversion, steps_at_once
         self.method = method or inversion.method
 
-    def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False):
+    def run(self, run: Run) -> torch.Tensor:
         path = self.inversion
-        latents, levels = path.latents.to(noise.device), path.sigmas.to(noise.device)
-        chunk = levels_at_once(model_wrap, noise.shape, extra_args["model_options"], self.steps_at_once)
-        with trange(path.steps, disable=disable_pbar) as bar:
-            denoise = self._denoiser(model_wrap, extra_args, callback, bar, path.batch)
+        latents, levels = path.latents.to(run.device), path.sigmas.to(run.device)
+        chunk = levels_at_once(run.guider, run.noise.shape, run.options, self.steps_at_once)
+        with trange(path.steps, disable=run.quiet) as bar:
+            denoise = self._denoiser(run, bar, path.batch)
             rest = edit_friendly.residuals(latents, levels, path.etas, denoise, chunk, family=path.kind)
         self.inversion = replace(path, residuals=rest.cpu(), method=self.method)
         return latents[0]
 
 
 def levels_at_once(model_wrap: CFGGuider, shape, options: dict, wanted=0) -> int:
-    """How many steps of a known path to evaluate in one call: `wanted`, or at 0 what memory and _MOST_PICTURES allow."""
+    """Steps of a known path to evaluate in one call: `wanted`, or at 0 what memory and _MOST_PICTURES allow."""
     if not can_batch_levels(model_wrap.conds, options):
         return 1
     if wanted:
         return wanted
     free = comfy.model_management.get_free_memory(model_wrap.model_patcher.load_device)
-    # Cond and uncond of one step. `calc_cond_batch` splits a call that needs 1.5 times the estimate of what is free; asked
-    # for more than 0.8 of it here, it would split again, which only costs time.
+    # Cond and uncond of one step. `calc_cond_batch` splits a call that needs 1.5 times the estimate of what is free;
+    # asked for more than 0.8 of it here, it would split again, which only costs time.
     need = 1.5 * model_wrap.inner_model.memory_required([2 * shape[0], *shape[1:]])
     return int(min(max(free * 0.8 // need, 1), max(_MOST_PICTURES // shape[0], 1)))
 
@@ -208,5 +206,6 @@ def can_batch_levels(conds: dict, options: dict) -> bool:
     functions = [k for k in options if k.startswith("sampler_") or k == "model_function_wrapper"]
     inner = options.get("transformer_options", {})
     patched = [k for k in ("patches", "patches_replace", "optimized_attention_override") if inner.get(k)]
-    wrapped = [w for kind in ("wrappers", "callbacks") for by_key in inner.get(kind, {}).values() for w in by_key.values()]
+    kinds = [inner.get(kind, {}) for kind in ("wrappers", "callbacks")]
+    wrapped = [w for by_type in kinds for by_key in by_type.values() for w in by_key.values()]
     return not (functions or patched or any(wrapped) or options.get("context_handler"))

@@ -1,7 +1,7 @@
 """The gradient of a loss by the latent, in the middle of a run and of inference mode: guidance while sampling.
 
-Only the network itself leaves inference mode. What comes before it (prompts, hooks, ControlNet) is made as ever and counts
-as constant, so a run's MODEL, its patches and its GUIDER need not know.
+Only the network itself leaves inference mode. What comes before it (prompts, hooks, ControlNet) is made as ever and
+counts as constant, so a run's MODEL, its patches and its GUIDER need not know.
 """
 
 import contextlib
@@ -14,6 +14,7 @@ from comfy.ldm.modules.attention import BasicTransformerBlock
 from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, ResBlock
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from comfy.samplers import CFGGuider
+from einops import rearrange
 
 from ..attention_hooks.conditioning import in_range
 from .gradients import checkpointed, torch_attention
@@ -24,7 +25,8 @@ _LOSS_SCALE = 2.0**7
 _MISSING = object()
 
 
-def latent_gradient(guider: CFGGuider, entries: list[dict], y: torch.Tensor, sigma: float, options: dict, loss):
+def latent_gradient(guider: CFGGuider, entries: list[dict], y: torch.Tensor, sigma: float, options: dict,
+                    loss) -> torch.Tensor:
     """`dL/dx` of one prediction, x being what the network is given: `y / sqrt(1 + sigma^2)`.
 
     Args:
@@ -80,14 +82,15 @@ class _Derive:
                 return out, [gradient]
 
             out, (gradient,) = scaled_gradient(evaluate, _LOSS_SCALE)
-        gradient = gradient[:, : self.shape[1]].unflatten(0, (-1, self.shape[0])).sum(0)
+        of_entries = rearrange(gradient[:, : self.shape[1]], "(entries b) ... -> entries b ...", b=self.shape[0])
+        gradient = of_entries.sum(0)
         self.gradient = gradient if self.gradient is None else self.gradient + gradient
         return out
 
     def _evaluate(self, executor, leaf, dtype, scale, timesteps, args, kwargs):
         self.loss.begin()
         try:
-            out = executor(leaf.to(dtype), _own(timesteps), *map(_own, args), **{k: _own(v) for k, v in kwargs.items()})
+            out = executor(leaf.to(dtype), *_copied([timesteps, *args]), **{k: _copied(v) for k, v in kwargs.items()})
             (gradient,) = torch.autograd.grad(self.loss.end() * scale, leaf)
         except RuntimeError as error:
             if "Inference tensors cannot be saved" not in str(error):
@@ -99,13 +102,13 @@ class _Derive:
         return out.detach(), gradient
 
 
-def _own(value):
+def _copied(value):
     """A copy of tensors that autograd may keep. The options of the call stay what they are: hooks read them."""
     if isinstance(value, torch.Tensor):
         return value.detach().clone()
     if isinstance(value, dict) and "cond_or_uncond" not in value:
-        return {k: _own(v) for k, v in value.items()}
-    return [_own(v) for v in value] if isinstance(value, list) else value
+        return {k: _copied(v) for k, v in value.items()}
+    return [_copied(v) for v in value] if isinstance(value, list) else value
 
 
 def _on_a_copy(forward):
@@ -114,11 +117,15 @@ def _on_a_copy(forward):
 
 
 @contextlib.contextmanager
-def differentiable_now(unet):
+def differentiable_now(unet: torch.nn.Module):
     """Makes a U-Net differentiable while the context lasts, as ComfyUI has loaded it; then everything is as it was.
 
     As in `gradients.differentiable`, every layer works on a copy of its weights, made when it is used, and residual and
     transformer blocks run under gradient checkpointing. Call it outside inference mode.
+
+    This sets attributes on modules that are in use, which nothing else here does. In the middle of a run a clone of the
+    MODEL would have to be loaded in its place, and copies of the modules would hold what ComfyUI notes on them while it
+    moves their weights (pinned memory, dynamic VRAM).
     """
     before = []
 
@@ -130,7 +137,7 @@ def differentiable_now(unet):
         for module in unet.modules():
             if hasattr(module, "weight_function"):
                 for name in ("weight_function", "bias_function"):
-                    put(module, name, [*getattr(module, name), _own])
+                    put(module, name, [*getattr(module, name), _copied])
             if isinstance(module, BasicTransformerBlock):
                 put(module, "forward", checkpointed(module.forward))
             elif isinstance(module, ResBlock):

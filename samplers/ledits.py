@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 import comfy.model_management
 import torch
-from comfy.samplers import CFGGuider
 from tqdm.auto import trange
 
 from ..attention_hooks.edits import Control
@@ -17,7 +16,7 @@ from .latent_gradient import latent_gradient
 from .methods.families import Family, Step, second_order
 from .methods.record import Inversion
 from .overrides import Overrides
-from .phased import PhasedSampler
+from .phased import PhasedSampler, Run
 
 SOLVERS = ("ddpm", "dpmpp_2m_sde")
 
@@ -49,39 +48,38 @@ class LeditsSampler(PhasedSampler):
         self.inversion, self.solver = inversion, solver
         self.attention, self.store, self.source_steps = tuple(attention or ()), store, source_steps
 
-    def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False):
-        path, steps = self.inversion, len(sigmas) - 1
+    def run(self, run: Run) -> torch.Tensor:
+        path, steps, mask = self.inversion, run.steps, run.denoise_mask
         self.seen = None
-        start, prescribed, run = self.begin(model_wrap, sigmas, extra_args, noise, latent_image, denoise_mask)
-        device = noise.device
-        y = path.latents[start].to(device)
-        on_device = path.sigmas.to(device)
+        start, prescribed, attention = self.begin(run)
+        y, levels_there = path.latents[start].to(run.device), path.sigmas.to(run.device)
         edit, source = _History(self.solver, path.kind), _History(self.solver, path.kind)
-        mask_at = functools.partial(_mask_at, denoise_mask, model_wrap, sigmas, extra_args)
-        progress = _Progress(callback, self.tell, self.phase, steps, 0 if run is None else run.source_steps())
-        for i in trange(start, start + steps, disable=disable_pbar):
+        mask_at = functools.partial(_mask_at, run)
+        progress = _Progress(run, self.tell, self.phase, 0 if attention is None else attention.source_steps())
+        for i in trange(start, start + steps, disable=run.quiet):
             comfy.model_management.throw_exception_if_processing_interrupted()
             levels, step = (path.sigmas[i], path.sigmas[i + 1]), path.step(i)
-            residual = self._residual(i, step, source, levels).to(device)  # before the model is busy: a copy waits for it
+            # before the model is busy: a copy waits for it
+            residual = self._residual(i, step, source, levels).to(run.device)
             prescribed.apply(i)
-            own = prescribed.extra_args
-            if run is not None:
-                progress.source_pass(run, i, path)
-                own = own | {"model_options": run.prepare(i)}
-                moved = run.before_step(i, y, own["model_options"], latent_gradient)
-                y = moved if denoise_mask is None else y + mask_at(i - start) * (moved - y)
-            denoised = model_wrap(y, on_device[i].repeat(len(y)), **own)
+            extra_args = prescribed.extra_args
+            if attention is not None:
+                progress.source_pass(attention, i, path)
+                extra_args = extra_args | {"model_options": attention.prepare(i)}
+                moved = attention.before_step(i, y, extra_args["model_options"], latent_gradient)
+                y = moved if mask is None else y + mask_at(i - start) * (moved - y)
+            denoised = run.guider(y, levels_there[i].repeat(len(y)), **extra_args)
             progress.edited(denoised, y)
             y = step.keep * y + step.take * edit(denoised, *levels) + residual
-            if run is not None:
-                y = run.after_step(i, y)
-            if denoise_mask is not None:
-                mask = mask_at(min(i + 1 - start, steps - 1))
-                y = mask * y + (1 - mask) * path.latents[i + 1].to(device)
-        self.seen = None if run is None else run.observed(y)
+            if attention is not None:
+                y = attention.after_step(i, y)
+            if mask is not None:
+                free = mask_at(min(i + 1 - start, steps - 1))
+                y = free * y + (1 - free) * path.latents[i + 1].to(run.device)
+        self.seen = None if attention is None else attention.observed(y)
         return y
 
-    def begin(self, model_wrap: CFGGuider, sigmas: torch.Tensor, extra_args, noise, latent_image=None, denoise_mask=None):
+    def begin(self, run: Run) -> tuple[int, Overrides, AttentionRun | None]:
         """Everything of a run that comes before its first prediction, and can be refused.
 
         Returns:
@@ -91,32 +89,25 @@ class LeditsSampler(PhasedSampler):
             ValueError: model, SIGMAS, latent, mask, prompts, controls or store do not fit the inversion.
         """
         path = self.inversion
-        models.check(model_wrap.model_patcher, path)
-        start = path.start_of(sigmas)
-        if tuple(noise.shape) != tuple(path.latents.shape[1:]):
+        models.check(run.model, path)
+        start = path.start_of(run.sigmas)
+        if tuple(run.noise.shape) != tuple(path.latents.shape[1:]):
             raise ValueError(
-                f"The LATENT has shape {list(noise.shape)}, the inversion {list(path.latents.shape[1:])}: connect the "
-                "x_T that the inversion node gives."
+                f"The LATENT has shape {list(run.noise.shape)}, the inversion {list(path.latents.shape[1:])}: connect "
+                "the x_T that the inversion node gives."
             )
-        if denoise_mask is not None and not denoise_mask.any():
+        if run.denoise_mask is not None and not run.denoise_mask.any():
             raise ValueError(
                 "The mask is empty, so nothing of the picture may change. Paint the area to edit in the mask editor, "
                 "or disconnect the mask to edit the whole picture."
             )
-        encoding = {"latent_image": latent_image, "denoise_mask": denoise_mask}
-        prescribed = Overrides(model_wrap, path, noise, extra_args, **encoding)
-        return start, prescribed, self._attention_run(
-            model_wrap, start, len(sigmas) - 1, extra_args, prescribed, encoding
-        )
-
-    def _attention_run(self, guider: CFGGuider, start: int, steps: int, extra_args, prescribed: Overrides, encoding):
-        """The attention control of one run; None where there is none."""
+        prescribed = Overrides(run, path)
         if not self.attention:
-            return None
-        return AttentionRun(
-            controls=self.attention, guider=guider, path=self.inversion, start=start, steps=steps,
+            return start, prescribed, None
+        return start, prescribed, AttentionRun(
+            controls=self.attention, guider=run.guider, path=path, start=start, steps=run.steps,
             options=prescribed.extra_args["model_options"], kept=self.store,
-            batch_levels=can_batch_levels({}, extra_args["model_options"]), steps_at_once=self.source_steps, **encoding,
+            batch_levels=can_batch_levels({}, run.options), steps_at_once=self.source_steps, **run.encoding,
         )
 
     def _residual(self, i: int, step: Step, source: "_History", levels):
@@ -129,13 +120,12 @@ class LeditsSampler(PhasedSampler):
 class _Progress:
     """Progress over the steps of the edit, and over those of the source where they are evaluated too."""
 
-    def __init__(self, callback, tell, phase, steps, source_steps):
-        self._callback, self._tell, self._phase, self._steps = callback, tell, phase, steps
+    def __init__(self, run: Run, tell, phase: str, source_steps: int):
+        self._run, self._tell, self._phase, steps = run, tell, phase, run.steps
         self._total, self._edited, self._captured, self._shown = steps + source_steps, 0, 0, None
 
     def _show(self, d, y):
-        if self._callback is not None:
-            self._callback(self._edited + self._captured - 1, d, y, self._total)
+        self._run.show(self._edited + self._captured - 1, d, y, self._total)
 
     def source_pass(self, run: AttentionRun, i: int, path: Inversion):
         """Let the `AttentionRun` capture what path step i needs of the source."""
@@ -143,7 +133,7 @@ class _Progress:
         if not pending:
             return
         first, last = (pending[k][0] + 1 for k in (0, -1))
-        self._tell(f"source pass, steps {first} to {last} of {self._steps}")
+        self._tell(f"source pass, steps {first} to {last} of {self._run.steps}")
         run.fill(pending)
         self._captured += len(pending)
         self._show(*(self._shown or (path.latents[-1].to(run.device), path.latents[i].to(run.device))))
@@ -152,15 +142,15 @@ class _Progress:
         """A step of the edit was evaluated."""
         self._edited, self._shown = self._edited + 1, (d, y)
         self._show(d, y)
-        self._tell(f"{self._phase} {self._edited}/{self._steps}")
+        self._tell(f"{self._phase} {self._edited}/{self._run.steps}")
 
 
-def _mask_at(mask, guider, sigmas, extra_args, step):
+def _mask_at(run: Run, step: int) -> torch.Tensor:
     """The mask of an executed step, which the MODEL may change from step to step (DifferentialDiffusion)."""
-    change = extra_args["model_options"].get("denoise_mask_function")
+    change, mask = run.options.get("denoise_mask_function"), run.denoise_mask
     if change is None:
         return mask
-    return change(sigmas[step].expand(len(mask)), mask, extra_options={"model": guider, "sigmas": sigmas})
+    return change(run.sigmas[step].expand(len(mask)), mask, extra_options={"model": run.guider, "sigmas": run.sigmas})
 
 
 class _History:

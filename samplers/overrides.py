@@ -9,12 +9,11 @@ import uuid
 import comfy.conds
 import comfy.model_patcher
 import comfy.samplers
-import torch
-from comfy.samplers import CFGGuider
 
 from ..attention_hooks.edits import VALUE_PRESCRIBED
 from .attention_taps import ValuePatch
 from .methods.record import Inversion
+from .phased import Run
 
 NAMES = ("negative", "negative_pooled", "value")
 
@@ -23,21 +22,22 @@ class Overrides:
     """`Inversion.overrides` for one run: make it when the run starts, call `apply(i)` before step i.
 
     Args:
-        guider: the running `CFGGuider`, with its `conds` encoded.
+        run: of the SAMPLER.
         inversion: the path. "negative" replaces the words of every entry of the negative, "negative_pooled" their
             pooled text; "value" changes what `to_v` sees in the positive's cross-attention, in the share of the path's
             steps that `settings["tau_v"]` names (all without it).
-        noise: of the shape of the latents.
-        extra_args: the sampler's. Evaluate with `Overrides.extra_args` instead.
-        encoding: `latent_image` and `denoise_mask` of the run, for models whose conditioning needs them.
+
+    Attributes:
+        extra_args: to evaluate with, in place of the run's.
 
     Raises:
         ValueError: an override of a name that this version does not know, or that the prompt has no place for.
     """
 
-    def __init__(self, guider: CFGGuider, inversion: Inversion, noise: torch.Tensor, extra_args: dict, **encoding):
+    def __init__(self, run: Run, inversion: Inversion):
+        guider = run.guider
         self._guider, self._steps, self._prescribed = guider, inversion.steps, inversion.overrides
-        self.extra_args = extra_args
+        self.extra_args = run.extra_args
         unknown = [name for name in self._prescribed if name not in NAMES]
         if unknown:
             raise ValueError(
@@ -46,30 +46,30 @@ class Overrides:
             )
         self._words, self._value = self._prescribed.get("negative"), self._prescribed.get("value")
         self._value_steps = inversion.settings.get("tau_v", 1.0) * inversion.steps
-        self._device, self._pooled, self._placed = noise.device, {}, None
+        self._device, self._pooled, self._placed = run.device, {}, None
         if "negative" not in guider.conds:  # a guider without one: nothing is subtracted
             self._words = None
         elif "negative_pooled" in self._prescribed:
-            self._encode_pooled(noise, {"seed": extra_args.get("seed"), **encoding})
+            self._encode_pooled(run.noise, {"seed": run.extra_args.get("seed"), **run.encoding})
         if self._value is not None:
             self._watch_values()
 
-    def apply(self, i):
+    def apply(self, i: int):
         """Put the embeddings of step i (of the whole path) in place."""
-        own = i if self._words is not None and len(self._words) > 1 else 0
-        if own != self._placed and (self._words is not None or self._pooled):
-            words = None if self._words is None else self._words[own]
+        step = i if self._words is not None and len(self._words) > 1 else 0
+        if step != self._placed and (self._words is not None or self._pooled):
+            words = None if self._words is None else self._words[step]
             entries = self._guider.conds["negative"]
             self._guider.conds["negative"] = [self._replaced(k, entry, words) for k, entry in enumerate(entries)]
-            self._placed = own
+            self._placed = step
         if self._value is not None:
             self._values.value = self._value[i].to(self._device) if i < self._value_steps else None
 
     def _replaced(self, k, entry, words):
-        own = dict(entry["model_conds"])
-        if words is not None and "c_crossattn" in own:
-            own["c_crossattn"] = comfy.conds.CONDCrossAttn(words.to(own["c_crossattn"].cond))
-        return {**entry, "model_conds": own | self._pooled.get(k, {})}
+        encoded = dict(entry["model_conds"])
+        if words is not None and "c_crossattn" in encoded:
+            encoded["c_crossattn"] = comfy.conds.CONDCrossAttn(words.to(encoded["c_crossattn"].cond))
+        return {**entry, "model_conds": encoded | self._pooled.get(k, {})}
 
     def _encode_pooled(self, noise, encoding):
         """The pooled text as the model encodes it (SDXL's "y"), for each entry of the negative."""
@@ -86,11 +86,11 @@ class Overrides:
         positive = [{**entry, "uuid": uuid.uuid4(), VALUE_PRESCRIBED: True} for entry in self._guider.conds["positive"]]
         tokens = self._value.shape[-2]
         for entry in positive:
-            own = entry["model_conds"].get("c_crossattn")
-            if own is not None and own.cond.shape[1] % tokens:
+            cross = entry["model_conds"].get("c_crossattn")
+            if cross is not None and cross.cond.shape[1] % tokens:
                 raise ValueError(
-                    f"The inversion learned {tokens} tokens, the positive prompt has {own.cond.shape[1]}: invert again "
-                    "with a source prompt of about the same length."
+                    f"The inversion learned {tokens} tokens, the positive prompt has {cross.cond.shape[1]}: invert "
+                    "again with a source prompt of about the same length."
                 )
         self._guider.conds["positive"] = positive
         self._values = ValuePatch(entry["uuid"] for entry in positive)

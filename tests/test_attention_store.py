@@ -10,8 +10,6 @@ from comfyui_ledits.attention_hooks.controls.masactrl import MasaCtrl
 from comfyui_ledits.attention_hooks.controls.p2p import PromptToPrompt
 from comfyui_ledits.attention_hooks.controls.pnp import PlugAndPlay
 from comfyui_ledits.attention_hooks.store import AttentionStore
-from comfyui_ledits.samplers.capture_sampler import CaptureSampler
-from comfyui_ledits.samplers.guider import LeditsGuider
 from comfyui_ledits.samplers.methods.sega import Concept
 from oracles import joint_attention
 from support import editing, tiny
@@ -36,15 +34,6 @@ def scene():
     return model, editing.path(model, 6, 2), editing.prompts("sd1", SOURCE, TARGET), editing.negative("sd1")
 
 
-def capture(model, path, negative, attention, **kwargs):
-    sampler = CaptureSampler(path, attention, **kwargs)
-    guider = LeditsGuider(model, negative, negative, 1.0)
-    picture = path.latent_format.process_out(path.latents[-1])
-    with torch.inference_mode():
-        guider.sample(torch.zeros_like(picture), picture, sampler, path.sigmas, disable_pbar=True)
-    return sampler.store, guider.rows
-
-
 def psnr(a, b):
     return 20 * torch.log10((b.max() - b.min()) / (a - b).square().mean().sqrt())
 
@@ -56,7 +45,7 @@ def test_live_ahead_kept_and_named_stores_give_the_same_picture(scene, name):
     single, guider = editing.run(model, path, words.target, empty, 7.5, attention, source_steps=1)
     ahead, _ = editing.run(model, path, words.target, empty, 7.5, attention, source_steps=4)
     assert (single - ahead).abs().max() < 1e-4
-    store, source_rows = capture(model, path, empty, attention, dtype=torch.float32)
+    store, source_rows = editing.capture(model, path, empty, attention, dtype=torch.float32)
     assert guider.rows == 6 * 2 * 2 + source_rows
     kept, guider = editing.run(model, path, words.target, empty, 7.5, attention, store=store)
     assert (kept - single).abs().max() < 1e-4
@@ -66,14 +55,14 @@ def test_live_ahead_kept_and_named_stores_give_the_same_picture(scene, name):
         loaded.add_named(slot, tensor)
     again, _ = editing.run(model, path, words.target, empty, 7.5, attention, store=loaded)
     assert torch.equal(again, kept)
-    half, _ = capture(model, path, empty, attention)
+    half, _ = editing.capture(model, path, empty, attention)
     assert half.nbytes * 2 == store.nbytes
     assert psnr(editing.run(model, path, words.target, empty, 7.5, attention, store=half)[0], single) > 45
 
 
 def test_a_store_serves_other_target_prompts_and_nothing_else(scene):
     model, path, words, empty = scene
-    store, _ = capture(model, path, empty, [PromptToPrompt(prompts=words)], dtype=torch.float32)
+    store, _ = editing.capture(model, path, empty, [PromptToPrompt(prompts=words)], dtype=torch.float32)
     other = editing.prompts("sd1", SOURCE, "a big red cat sits on a sofa")
     live, _ = editing.run(model, path, other.target, empty, 7.5, [PromptToPrompt(prompts=other)])
     kept, _ = editing.run(model, path, other.target, empty, 7.5, [PromptToPrompt(prompts=other)], store=store)
@@ -85,7 +74,7 @@ def test_a_store_serves_other_target_prompts_and_nothing_else(scene):
     otherwise = editing.prompts("sd1", "a horse sits on a sofa", TARGET)
     with pytest.raises(ValueError, match="another source prompt"):
         editing.run(model, path, otherwise.target, empty, 7.5, [PromptToPrompt(prompts=otherwise)], store=store)
-    wide, _ = capture(model, path, empty, [PromptToPrompt(prompts=words)], dtype=torch.float32, all_steps=True)
+    wide, _ = editing.capture(model, path, empty, [PromptToPrompt(prompts=words)], dtype=torch.float32, all_steps=True)
     editing.run(model, path, words.target, empty, 7.5, [PromptToPrompt(prompts=words, self_=(0, 0.9))], store=wide)
 
 
@@ -93,14 +82,14 @@ def test_a_store_that_does_not_fit_is_refused_with_numbers(scene, monkeypatch):
     model, path, words, empty = scene
     monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *args, **kwargs: 2**20)
     with tiny.Calls(model) as calls, pytest.raises(ValueError, match=r"\d GB of host memory for 6 .*0.00 GB are free"):
-        capture(model, path, empty, [PromptToPrompt(prompts=words)])
+        editing.capture(model, path, empty, [PromptToPrompt(prompts=words)])
     assert not calls.calls
 
 
 def test_the_estimate_is_the_size(scene, caplog):
     model, path, words, empty = scene
     with caplog.at_level("INFO"):
-        store, _ = capture(model, path, empty, controls(words)["p2plus"] + controls(words)["pnp"])
+        store, _ = editing.capture(model, path, empty, controls(words)["p2plus"] + controls(words)["pnp"])
     assert f"keeps {store.nbytes / 2**30:.2f} GB" in caplog.text
 
 

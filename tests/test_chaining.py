@@ -189,7 +189,7 @@ def test_perturbed_attention_guidance_perturbs_edited_layers_too(kind):
     other = model.clone()
     other.set_model_sampler_post_cfg_function(by_hand)
     expected, _ = editing.run(other, path, words.target, negative, CFG, control)
-    pag = PerturbedAttentionGuidance.execute(model, scale)[0]
+    pag = PerturbedAttentionGuidance.execute(model=model, scale=scale)[0]
     got, _ = editing.run(pag, path, words.target, negative, CFG, control)
     without, _ = editing.run(model, path, words.target, negative, CFG, control)
     assert (got - expected).abs().max() < 1e-4
@@ -199,7 +199,7 @@ def test_perturbed_attention_guidance_perturbs_edited_layers_too(kind):
 def test_perturbed_attention_guidance_does_not_move_the_local_blend():
     """Its prediction is not the edit's: with next to no weight it changes nothing."""
     parts = scene()
-    own = dataclasses.replace(parts, model=PerturbedAttentionGuidance.execute(parts.model, 1e-9)[0])
+    own = dataclasses.replace(parts, model=PerturbedAttentionGuidance.execute(model=parts.model, scale=1e-9)[0])
     assert gap(own.edit("blend alone"), parts.edit("blend alone")) < 1e-4
     assert gap(parts.edit("blend alone"), plainly(None)) > 1e-3
 
@@ -207,7 +207,7 @@ def test_perturbed_attention_guidance_does_not_move_the_local_blend():
 @pytest.mark.parametrize("edit", ATTENDING)
 def test_patches_that_tile_the_tokens_are_refused_with_a_sentence(edit):
     parts = scene()
-    model = HyperTile.execute(parts.model, 32, 1, 3, False)[0]
+    model = HyperTile.execute(model=parts.model, tile_size=32, swap_size=1, max_depth=3, scale_depth=False)[0]
     own = dataclasses.replace(parts, model=model)
     with pytest.raises(ValueError, match="HyperTile.*tokens.*[Bb]ypass"):
         own.edit(edit)
@@ -216,7 +216,9 @@ def test_patches_that_tile_the_tokens_are_refused_with_a_sentence(edit):
 @pytest.mark.parametrize("edit", CONTROLS)
 def test_a_cache_that_skips_the_u_net_is_refused_before_it_runs(edit):
     parts = scene()
-    own = dataclasses.replace(parts, model=EasyCacheNode.execute(parts.model, 0.2, 0.0, 1.0, False)[0])
+    cached = EasyCacheNode.execute(model=parts.model, reuse_threshold=0.2, start_percent=0.0, end_percent=1.0,
+                                   verbose=False)[0]
+    own = dataclasses.replace(parts, model=cached)
     with Watch(own) as watch, pytest.raises(ValueError, match="EasyCache.*Bypass it"):
         own.edit(edit)
     assert not watch.rows
@@ -278,5 +280,5 @@ def test_a_differential_mask_is_not_a_soft_mask():
     soft = dataclasses.replace(scene(), mask=parts.mask)
     assert gap(soft.edit("plain"), parts.edit("plain")) > 1e-3
     # with next to no strength it is the mask as it is, in every step
-    same = dataclasses.replace(soft, model=DifferentialDiffusion.execute(soft.model, 1e-9)[0])
+    same = dataclasses.replace(soft, model=DifferentialDiffusion.execute(model=soft.model, strength=1e-9)[0])
     assert gap(same.edit("plain"), soft.edit("plain")) < 1e-4

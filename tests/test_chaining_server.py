@@ -11,8 +11,9 @@ import safetensors.torch
 import torch
 from comfyui_ledits.demo import nets
 from support import tiny
+from support.graphs import node
 from test_controls_server import edit
-from test_server import Plain, Server, node
+from test_server import Plain, Server
 
 STEPS, SIDE = 4, 128  # steps of the path; pixels
 LORA, CONTROL_NET = "chained lora.safetensors", "chained control net.safetensors"

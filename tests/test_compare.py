@@ -1,5 +1,4 @@
 """The comparison nodes: a sheet holds its pictures and words, a sweep is the single edits."""
-import functools
 
 import comfy.latent_formats
 import pytest
@@ -10,12 +9,11 @@ from comfyui_ledits.nodes import compare
 from comfyui_ledits.nodes.capture_attention import CaptureAttention
 from comfyui_ledits.nodes.compare import Sheet, Sweep
 from comfyui_ledits.nodes.edit_friendly_inversion import EditFriendlyInversion
-from comfyui_ledits.nodes.sampling import LeditsKSampler
 from comfyui_ledits.samplers.methods.sega import Concept
-from support import tiny
+from support import runs, tiny
+from support.runs import model
 
 pytestmark = pytest.mark.usefixtures("inference_mode")
-model = functools.cache(tiny.model)
 STEPS = 10
 
 
@@ -142,20 +140,17 @@ class Decoder:
 
 
 def inverted(batch=1):
-    pair = tiny.conditioning(seed=1), tiny.conditioning(seed=2)
-    return EditFriendlyInversion.execute(model(), *pair, tiny.latent(batch=batch), 3.5, STEPS, "ddim_uniform", 1.0, 0)[0]
+    return runs.invert(EditFriendlyInversion, batch=batch, cfg=3.5, steps=STEPS)[0]
 
 
 def sweep(inversion, skips, scales, **more):
-    return Sweep.execute(model=model(), positive=tiny.conditioning(seed=3), negative=tiny.conditioning(seed=2),
-        inversion=inversion, vae=Decoder(), skip_values=skips,
-                         cfg_values=scales, **more)
+    target, empty = runs.prompts("sd1", runs.TARGET, runs.EMPTY)
+    return Sweep.execute(model=model(), positive=target, negative=empty, inversion=inversion, vae=Decoder(),
+                         skip_values=skips, cfg_values=scales, **more)
 
 
 def single(inversion, skip, cfg, **more):
-    return LeditsKSampler.execute(model=model(), positive=tiny.conditioning(seed=3),
-        negative=tiny.conditioning(seed=2), inversion=inversion, cfg=cfg, skip=skip,
-                                  **more)[0]["samples"]
+    return runs.edit("sd1", inversion, cfg=cfg, skip=skip, prompt=runs.TARGET, **more)
 
 
 @pytest.mark.parametrize("case", ["plain", "concept, mask and solver", "attention"])
@@ -206,17 +201,17 @@ def test_a_sweep_inverts_nothing_and_counts_its_rows():
 
 
 def test_a_kept_store_serves_every_cell_or_is_refused_first():
-    inversion, pair = inverted(), (tiny.conditioning(seed=3), tiny.conditioning(seed=2))
-    control = (PlugAndPlay(),)
+    inversion, control = inverted(), (PlugAndPlay(),)
+    empty, = runs.prompts("sd1", runs.EMPTY)
 
     def captured(**more):
-        return CaptureAttention.execute(model=model(), negative=pair[1], inversion=inversion, attention=control,
+        return CaptureAttention.execute(model=model(), negative=empty, inversion=inversion, attention=control,
             skip=0, precision="float32", **more)[0]
 
     whole = sweep(inversion, "0, 3", "1, 4", attention=control, store=captured(all_steps=True))[1]["samples"]
     live = sweep(inversion, "0, 3", "1, 4", attention=control)[1]["samples"]
     torch.testing.assert_close(whole, live, rtol=0, atol=1e-4)
-    later = CaptureAttention.execute(model=model(), negative=pair[1], inversion=inversion, attention=control, skip=3,
+    later = CaptureAttention.execute(model=model(), negative=empty, inversion=inversion, attention=control, skip=3,
         precision="float32")[0]
     with tiny.Calls(model()) as calls, pytest.raises(ValueError, match="does not hold what this edit reads"):
         sweep(inversion, "3, 0", "1, 4", attention=control, store=later)  # the first row alone would be fine

@@ -3,7 +3,8 @@
 
 import pytest
 import torch
-from test_server import Plain, Server, base, cached, node
+from support.graphs import node
+from test_server import Plain, Server, base, cached
 
 STEPS = 8
 WORDS = {"source": "a blue square on a grey ground", "target": "a red star on a grey ground"}

@@ -5,35 +5,23 @@ import logging
 import pytest
 import torch
 from comfyui_ledits.nodes.ddim_inversions import DDIMInversion, DirectInversion
-from comfyui_ledits.nodes.sampling import LeditsKSampler
 from comfyui_ledits.samplers.methods import ddim
 from comfyui_ledits.samplers.methods.families import FAMILIES
 from oracles import diffusion
-from support import tiny
+from support import runs, tiny
+from support.runs import EMPTY, RESIMULATED, SOURCE, TARGET, model, prompts
 
 pytestmark = pytest.mark.usefixtures("inference_mode")
-model = functools.cache(tiny.model)
-SOURCE, EMPTY, TARGET = 1, 2, 3
 KINDS = ["sd1", "sd2", "sdxl", "sdxl_v"]
-INVERTED, RESIMULATED = {"path": "inverted"}, {"path": "re-simulated", "edit_cfg": 7.5}
+invert = functools.partial(runs.invert, DDIMInversion)
 
 
-def prompts(kind, *seeds):
-    return [tiny.conditioning(kind, seed) for seed in seeds]
+def direct(kind, latent, **ablation):
+    return runs.invert(DirectInversion, kind, latent, ablation={"ablation": "none", **ablation})
 
 
-def invert(kind, latent, cfg=1.0, steps=10, refinements=0, tolerance=0.0, convention="A", path=INVERTED, **more):
-    return DDIMInversion.execute(model(kind), *prompts(kind, SOURCE, EMPTY), latent, cfg, steps, "ddim_uniform",
-                                 refinements, tolerance, convention, path, **more)
-
-
-def direct(kind, latent, steps=10, **ablation):
-    return DirectInversion.execute(model(kind), *prompts(kind, SOURCE, EMPTY), latent, 1.0, steps, "ddim_uniform", 0, 0.0,
-                                   "A", {"ablation": "none", **ablation})
-
-
-def edit(kind, inversion, cfg=1.0, skip=0, prompt=SOURCE, **more):
-    return LeditsKSampler.execute(model(kind), *prompts(kind, prompt, EMPTY), inversion, cfg, skip, **more)[0]["samples"]
+def edit(kind, inversion, cfg=1.0, **inputs):
+    return runs.edit(kind, inversion, cfg=cfg, **inputs)
 
 
 def picture_of(kind, latent):
@@ -88,7 +76,7 @@ def test_the_path_is_that_of_diffusers(kind, cfg):
         steps_offset=1, prediction_type="epsilon" if kind == "sd1" else "v_prediction")
     scheduler.set_timesteps(20)
     latent = tiny.latent(kind, 2)
-    inversion, x_T = invert(kind, latent, cfg, steps=20).result
+    inversion, x_T = invert(kind, latent, cfg=cfg, steps=20).result
     x, network = picture_of(kind, latent).float(), model(kind).model.diffusion_model
     source, empty = (c[0][0].expand(2, -1, -1) for c in prompts(kind, SOURCE, EMPTY))
     for i, t in enumerate(scheduler.timesteps):
@@ -214,9 +202,9 @@ def test_offsets_on_the_target_side_are_added_to_the_edit(kind):
     for t, p, o in zip(timesteps, timesteps[1:], offsets(timesteps, path, source)):
         x = ddim_step(target, x, t, p) + o
     expected = tiny.KINDS[kind][0].latent_format().process_out(x).float()
-    edited = edit(kind, inversion, 7.5, prompt=TARGET)
+    edited = edit(kind, inversion, cfg=7.5, prompt=TARGET)
     close(edited, expected, rtol=1e-3, atol=1e-3)
-    close(edit(kind, inversion, 7.5), latent["samples"])
+    close(edit(kind, inversion, cfg=7.5), latent["samples"])
     assert (edited - latent["samples"]).abs().max() > 0.1
 
 
@@ -234,10 +222,10 @@ def test_every_kind_and_batch_goes_through_every_variant(kind):
     for other in others:
         assert torch.equal(other.latents[0], plain.latents[0])
         assert other.settings["edit_cfg"] in (3.0, 7.5)
-        samples = edit(kind, other, 3.0, prompt=TARGET)
+        samples = edit(kind, other, cfg=3.0, prompt=TARGET)
         assert samples.shape == latent["samples"].shape
         assert torch.isfinite(samples).all()
-    close(edit(kind, others[2], 3.0), latent["samples"])
+    close(edit(kind, others[2], cfg=3.0), latent["samples"])
 
 
 # --- fixed points, on a model whose denoiser is known ---------------------------------------------------------------

@@ -4,8 +4,9 @@ import pytest
 import torch
 from comfyui_ledits.demo import captions, loader, pictures, scenes
 from comfyui_ledits.nodes.ddim_inversions import DDIMInversion
-from comfyui_ledits.nodes.sampling import LeditsKSampler
 from comfyui_ledits.tools.api.client import ComfyClient
+from support import runs
+from support.graphs import node
 
 
 def round_trip(refinements, weights=loader.nets.WEIGHTS):
@@ -18,10 +19,8 @@ def round_trip(refinements, weights=loader.nets.WEIGHTS):
 
     pair = prompt([captions.sentence(scene) for scene in drawn]), prompt([""])
     latent = {"samples": vae.encode(torch.from_numpy(np.stack([scenes.render(scene)[0] for scene in drawn])))}
-    inversion = DDIMInversion.execute(
-        model, *pair, latent, 1.0, 50, "ddim_uniform", refinements, 0.0, "A", {"path": "inverted"}
-    )[0]
-    again = LeditsKSampler.execute(model, *pair, inversion, 1.0, 0)[0]["samples"]
+    inversion = runs.invert(DDIMInversion, latent=latent, pair=pair, on=model, steps=50, refinements=refinements)[0]
+    again = runs.edit("demo", inversion, pair=pair, on=model, cfg=1.0)
     return float((again - latent["samples"]).pow(2).mean().sqrt())
 
 
@@ -30,10 +29,6 @@ def test_one_refinement_lowers_the_round_trip_error_at_least_five_times():
     without, one = round_trip(0), round_trip(1)
     assert without > 1e-3
     assert one < without / 5
-
-
-def node(node_id, **inputs):
-    return {"class_type": node_id, "inputs": inputs}
 
 
 def test_all_nodes_run_in_a_server_with_their_nested_inputs(server_url):

@@ -23,9 +23,9 @@ from comfyui_ledits.attention_hooks.text.prompts import EditPrompts, edit_prompt
 from comfyui_ledits.demo import captions, pictures, scenes
 from comfyui_ledits.nodes.attention import MasaCtrlNode, P2PlusNode, PlugAndPlayNode, PromptToPromptNode
 from comfyui_ledits.nodes.ddim_inversions import DDIMInversion, DirectInversion
-from comfyui_ledits.nodes.sampling import LeditsKSampler
 from comfyui_ledits.tools import measure
 from comfyui_ledits.tools.benchmarks import demobench_truth
+from support import runs
 from support.demo_nodes import DemoNodes, draw, held_out
 
 pytestmark = pytest.mark.demo
@@ -127,15 +127,12 @@ class Editor(DemoNodes):
         for members, prompts in self.groups(tasks):
             pair = prompts.source, self.prompts([""] * len(members))
             latent = self.encode([tasks[i].picture for i in members])
-            levels = (1.0, STEPS, "ddim_uniform", 0, 0.0, "A")
-            invert = DirectInversion if direct else DDIMInversion
-            how = {"ablation": "none"} if direct else {"path": "re-simulated", "edit_cfg": cfg}
-            inversion = invert.execute(self.model, *pair, latent, *levels, how)[0]
+            invert = functools.partial(runs.invert, latent=latent, pair=pair, on=self.model, steps=STEPS)
+            again = {"path": "re-simulated", "edit_cfg": cfg}
+            inversion = (invert(DirectInversion) if direct else invert(DDIMInversion, path=again))[0]
             attention = controls and controls(prompts, tasks[members[0]])
-            edited = LeditsKSampler.execute(
-                model=self.model, positive=prompts.target, negative=pair[1], inversion=inversion, cfg=cfg, skip=skip,
-                    attention=attention
-            )[0]["samples"]
+            edited = runs.edit("demo", inversion, pair=(prompts.target, pair[1]), on=self.model, cfg=cfg, skip=skip,
+                               attention=attention)
             for i, picture in zip(members, self.decode(edited)):
                 out[i] = picture
         return out
@@ -150,7 +147,7 @@ def editor():
 def p2p(cross, own, blend=False, node=PromptToPromptNode, **more):
     def controls(prompts, task):
         words = {"blend_words": ", ".join(sorted(task.kinds))} if blend else {}
-        return node.execute(prompts, cross, own, **more, **words)[0]
+        return node.execute(prompts=prompts, cross_replace_steps=cross, self_replace_steps=own, **more, **words)[0]
 
     return controls
 

@@ -3,6 +3,7 @@
 Run with -s to read the table. LEDITS_DEMO_PICTURES makes it smaller.
 """
 
+import functools
 import time
 
 import numpy as np
@@ -12,34 +13,30 @@ from comfyui_ledits.demo import captions
 from comfyui_ledits.nodes.ddim_inversions import DDIMInversion, DirectInversion, NegativePromptInversion
 from comfyui_ledits.nodes.edit_friendly_inversion import EditFriendlyInversion
 from comfyui_ledits.nodes.learned_inversions import NullTextInversion, StyleDiffusionInversion
-from comfyui_ledits.nodes.sampling import LeditsKSampler
 from comfyui_ledits.nodes.sdedit import SDEditPath
 from comfyui_ledits.tools import measure
+from support import runs
 from support.demo_nodes import DemoNodes, draw, held_out
 
 pytestmark = pytest.mark.demo
 
 COUNT, AT_ONCE, STEPS, CFG = 40, 20, 50, 7.5
-LEVELS = (STEPS, "ddim_uniform")
-LEARNING = {"learning_rate": 1e-2, "early_stop": 1e-5, "on_interrupt": "discard"}
+
+
+def sdedit(latent, pair, on, steps):
+    return SDEditPath.execute(model=on, latent=latent, steps=steps, scheduler="ddim_uniform", seed=0)
+
 
 METHODS = {
-    "edit-friendly DDPM": lambda m, p, n, x: EditFriendlyInversion.execute(m, p, n, x, CFG, *LEVELS, 1.0, 0),
-    "Direct": lambda m, p, n, x: DirectInversion.execute(m, p, n, x, 1.0, *LEVELS, 0, 0.0, "A", {"ablation": "none"}),
-    "null-text": lambda m, p, n, x: NullTextInversion.execute(m, p, n, x, CFG, *LEVELS, 10, **LEARNING),
-    "StyleDiffusion": lambda m, p, n, x: StyleDiffusionInversion.execute(
-        m, p, n, x, CFG, *LEVELS, 100, attention_loss=0.0, tau_v=1.0, **LEARNING
-    ),
-    "negative-prompt": lambda m, p, n, x: NegativePromptInversion.execute(
-        m, p, n, x, 1.0, *LEVELS, 0, 0.0, "A", {"path": "inverted"}, 0.0
-    ),
-    "DDIM, one refinement, cfg 1": lambda m, p, n, x: DDIMInversion.execute(
-        m, p, n, x, 1.0, *LEVELS, 1, 0.0, "A", {"path": "inverted"}
-    ),
-    "DDIM, re-simulated": lambda m, p, n, x: DDIMInversion.execute(
-        m, p, n, x, 1.0, *LEVELS, 0, 0.0, "A", {"path": "re-simulated", "edit_cfg": CFG}
-    ),
-    "SDEdit": lambda m, p, n, x: SDEditPath.execute(m, x, *LEVELS, 0),
+    "edit-friendly DDPM": functools.partial(runs.invert, EditFriendlyInversion, cfg=CFG),
+    "Direct": functools.partial(runs.invert, DirectInversion),
+    "null-text": functools.partial(runs.invert, NullTextInversion, cfg=CFG, inner_steps=10),
+    "StyleDiffusion": functools.partial(runs.invert, StyleDiffusionInversion, cfg=CFG, first_steps=100,
+                                        attention_loss=0.0),
+    "negative-prompt": functools.partial(runs.invert, NegativePromptInversion),
+    "DDIM, one refinement, cfg 1": functools.partial(runs.invert, DDIMInversion, refinements=1),
+    "DDIM, re-simulated": functools.partial(runs.invert, DDIMInversion, path={"path": "re-simulated", "edit_cfg": CFG}),
+    "SDEdit": sdedit,
 }
 
 
@@ -48,7 +45,7 @@ def rebuilt(name, nodes, inversion, prompts):
     if name in ("Direct", "DDIM, re-simulated"):  # their source branch is the stored path itself
         return inversion.latent_format.process_out(inversion.latents[-1])
     cfg = 1.0 if name.endswith("cfg 1") else CFG
-    return LeditsKSampler.execute(nodes.model, *prompts, inversion, cfg, 0).result[0]["samples"]
+    return runs.edit("demo", inversion, pair=prompts, on=nodes.model, cfg=cfg)
 
 
 @pytest.mark.usefixtures("inference_mode")
@@ -62,7 +59,7 @@ def test_every_inversion_rebuilds_the_pictures_in_the_order_of_its_means():
         results = {"autoencoder alone": latent["samples"]}
         for name, invert in METHODS.items():
             start = time.perf_counter()
-            made = invert(nodes.model, *prompts, latent)
+            made = invert(latent=latent, pair=prompts, on=nodes.model, steps=STEPS)
             seconds = time.perf_counter() - start
             row = cost.setdefault(name, [0, 0.0])
             row[0], row[1] = row[0] + made.ui["ledits"][0]["unet_rows"], row[1] + seconds

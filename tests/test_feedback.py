@@ -2,13 +2,10 @@
 import re
 
 import pytest
+from support.graphs import node
 from support.listening import listen
 
 STEPS, EDITED = 4, 3
-
-
-def node(kind, **inputs):
-    return {"class_type": kind, "inputs": inputs}
 
 
 def base():

@@ -11,25 +11,21 @@ import torch
 from comfyui_ledits.files import inversion_file, places
 from comfyui_ledits.nodes.edit_friendly_inversion import EditFriendlyInversion
 from comfyui_ledits.nodes.inversion_files import LoadInversion, SaveInversion
-from comfyui_ledits.nodes.sampling import LeditsKSampler
 from comfyui_ledits.tools.api.client import ComfyClient
-from support import tiny
+from support import runs, tiny
+from support.graphs import node
 from support.records import record, saved
 
 pytestmark = pytest.mark.usefixtures("inference_mode")
-model = functools.cache(tiny.model)
 
 
 @functools.cache
 def inverted(kind):
-    pair = tiny.conditioning(kind, 1), tiny.conditioning(kind, 2)
-    latent = tiny.latent(kind, batch=2)
-    return EditFriendlyInversion.execute(model(kind), *pair, latent, 3.5, 4, "ddim_uniform", 1.0, 0)[0]
+    return runs.invert(EditFriendlyInversion, kind, batch=2, cfg=3.5, steps=4)[0]
 
 
 def edit(kind, inversion):
-    pair = tiny.conditioning(kind, 3), tiny.conditioning(kind, 2)
-    return LeditsKSampler.execute(model(kind), *pair, inversion, 7.5, 1)[0]["samples"]
+    return runs.edit(kind, inversion, cfg=7.5, skip=1, prompt=runs.TARGET)
 
 
 @pytest.fixture(scope="module")
@@ -159,9 +155,6 @@ def test_a_prompt_is_noted(folders):
 def test_in_a_server(server_url):
     """Invert and save; the picker shows the file; the edit from it is the same as without the detour."""
     client = ComfyClient(server_url)
-
-    def node(kind, **inputs):
-        return {"class_type": kind, "inputs": inputs}
 
     base = {
         "model": node("LEDITS_LoadDemoModel"),

@@ -3,51 +3,41 @@ import functools
 
 import pytest
 import torch
-from comfy_extras.nodes_custom_sampler import DisableNoise, FlipSigmas, SamplerCustomAdvanced
+from comfy_extras.nodes_custom_sampler import FlipSigmas
 from comfyui_ledits.nodes.edit_friendly_inversion import EditFriendlyInversion
-from comfyui_ledits.nodes.sampling import LeditsGuiderNode, LeditsKSampler, LeditsSamplerNode
+from comfyui_ledits.nodes.sampling import LeditsGuiderNode, LeditsSamplerNode
 from comfyui_ledits.nodes.semantic_concept import SemanticConcept
 from comfyui_ledits.nodes.unpack_pack import PackInversion, UnpackInversion
 from comfyui_ledits.samplers.guider import LeditsGuider
 from comfyui_ledits.samplers.ledits import LeditsSampler
 from comfyui_ledits.samplers.methods.sega import Concept
-from support import tiny
+from support import runs, tiny
+from support.runs import EMPTY, SOURCE, TARGET, model, prompts
 
 import nodes
 
 pytestmark = pytest.mark.usefixtures("inference_mode")
-model = functools.cache(tiny.model)
-SOURCE, EMPTY, TARGET = 1, 2, 3
+invert = functools.partial(runs.invert, EditFriendlyInversion, "sd1", cfg=3.5, steps=8)
 
 
-def prompts(kind, *seeds):
-    return [tiny.conditioning(kind, seed) for seed in seeds]
-
-
-def invert(kind="sd1", latent=None, cfg=3.5, steps=8, pair=None, model_=None, **more):
-    pair, latent = pair or prompts(kind, SOURCE, EMPTY), tiny.latent(kind) if latent is None else latent
-    return EditFriendlyInversion.execute(model_ or model(kind), *pair, latent, cfg, steps, "ddim_uniform", 1.0, 0, **more)
-
-
-def edit(inversion, kind="sd1", cfg=3.5, skip=0, prompt=SOURCE, pair=None, model_=None, **more):
-    pair = pair or prompts(kind, prompt, EMPTY)
-    return LeditsKSampler.execute(model_ or model(kind), *pair, inversion, cfg, skip, **more)[0]["samples"]
+def edit(inversion, cfg=3.5, **inputs):
+    return runs.edit("sd1", inversion, cfg=cfg, **inputs)
 
 
 def edit_in_parts(inversion, latent, sigmas=None, skip=0):
     """The edit by SamplerCustomAdvanced, where every part can be a wrong one."""
-    guider = LeditsGuiderNode.execute(model("sd1"), *prompts("sd1", TARGET, EMPTY), 3.5)[0]
+    target, empty = prompts("sd1", TARGET, EMPTY)
+    guider = LeditsGuiderNode.execute(model=model("sd1"), positive=target, negative=empty, cfg=3.5)[0]
     sampler, own = LeditsSamplerNode.execute(inversion=inversion, skip=skip).result
-    sigmas = own if sigmas is None else sigmas
-    return SamplerCustomAdvanced.execute(DisableNoise.execute()[0], guider, sampler, sigmas, latent)[0]["samples"]
+    return runs.in_parts(guider, sampler, own if sigmas is None else sigmas, latent)
 
 
 @pytest.fixture
 def refused():
     """Asserts that a call is refused with a short sentence that holds the words, before any model has run."""
 
-    def check(call, *words, model_=None):
-        with tiny.Calls(model_ or model("sd1")) as calls, pytest.raises(ValueError) as error:
+    def check(call, *words, on=None):
+        with tiny.Calls(on or model("sd1")) as calls, pytest.raises(ValueError) as error:
             call()
         assert calls.calls == []
         for word in words:
@@ -74,7 +64,7 @@ def inverted(latent):
 def test_an_inversion_of_another_model_is_refused(refused, inverted, kind):
     other = tiny.model("sdxl") if kind == "sdxl" else tiny.model("sd2", model_channels=64)
     pair = prompts(kind, TARGET, EMPTY)
-    refused(lambda: edit(inverted, pair=pair, model_=other), "another kind of model", "Invert the picture again", model_=other)
+    refused(lambda: edit(inverted, pair=pair, on=other), "another kind of model", "Invert the picture again", on=other)
 
 
 def test_a_latent_of_another_size_is_refused(refused, inverted):
@@ -142,15 +132,16 @@ def test_an_empty_mask_is_refused(refused, inverted):
 
 def test_a_flow_model_is_refused(refused, inverted):
     flow = tiny.model("flow")
-    refused(lambda: invert(model_=flow), "flow models", "SDXL", model_=flow)
-    refused(lambda: edit(inverted, model_=flow), "flow models", model_=flow)
+    refused(lambda: invert(on=flow), "flow models", "SDXL", on=flow)
+    refused(lambda: edit(inverted, on=flow), "flow models", on=flow)
 
 
 @pytest.mark.parametrize("prompt", ["", "  \n"])
 def test_a_concept_without_words_is_refused(refused, prompt):
-    settings = ("towards", 7.0, 0.95, 2, 0, 0.3, 0.6, 1.0)
-    refused(lambda: SemanticConcept.execute(prompt, *settings), "empty", "conditioning")
-    refused(lambda: SemanticConcept.execute("red", *settings), "CLIP")
+    settings = {"direction": "towards", "scale": 7.0, "threshold": 0.95, "warmup": 2, "cooldown": 0,
+                "momentum_scale": 0.3, "momentum_beta": 0.6, "weight": 1.0}
+    refused(lambda: SemanticConcept.execute(prompt=prompt, **settings), "empty", "conditioning")
+    refused(lambda: SemanticConcept.execute(prompt="red", **settings), "CLIP")
 
 
 def test_parts_that_do_not_fit_are_not_packed(refused, inverted):
@@ -188,10 +179,10 @@ def test_one_step(latent, sigmas):
 
 def test_a_thousand_steps():
     minimal, latent = tiny.model(**tiny.NO_ATTENTION), tiny.latent(height=2, width=2)
-    inversion = invert(latent=latent, cfg=1.0, steps=1000, model_=minimal)[0]
+    inversion = invert(latent=latent, cfg=1.0, steps=1000, on=minimal)[0]
     assert inversion.steps == 999  # what the schedule has between its ends
     for skip in (0, 900):
-        samples = edit(inversion, cfg=1.0, skip=skip, model_=minimal)
+        samples = edit(inversion, cfg=1.0, skip=skip, on=minimal)
         torch.testing.assert_close(samples, latent["samples"], rtol=0, atol=1e-4)
 
 
@@ -201,7 +192,7 @@ def test_an_empty_latent_image_is_a_picture_too():
 
 
 def test_a_lora_or_another_checkpoint_of_the_kind_may_edit(inverted):
-    assert torch.isfinite(edit(inverted, model_=tiny.model("sd1", seed=9))).all()
+    assert torch.isfinite(edit(inverted, on=tiny.model("sd1", seed=9))).all()
 
 
 # --- conditioning that depends on the level -------------------------------------------------------------------------

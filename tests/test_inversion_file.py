@@ -15,6 +15,7 @@ from comfyui_ledits.demo.loader import DemoLatent
 from comfyui_ledits.files import inversion_file, latent_formats
 from comfyui_ledits.nodes import demo  # noqa: F401  it registers the demo model's latents
 from support import mutations
+from support.mutations import change, item, word
 from support.records import record, saved
 
 pytestmark = pytest.mark.usefixtures("inference_mode")
@@ -125,20 +126,6 @@ def test_what_float16_cannot_hold_is_refused(tmp_path):
 
 
 # --- files that are refused -----------------------------------------------------------------------------------------
-
-def change(raw, edit, sign=True):
-    parts = mutations.Parts(raw)
-    edit(parts)
-    return (parts.signed() if sign else parts).bytes()
-
-
-def item(name, key, value):
-    return lambda p: p.header[name].__setitem__(key, value)
-
-
-def word(key, value):
-    return lambda p: p.header["__metadata__"].__setitem__(key, value)
-
 
 def without(name):
     def edit(parts):  # and its data, so that nothing else is wrong

@@ -5,9 +5,9 @@ import torch.nn.functional as F
 from comfyui_ledits.attention_hooks.controls.masactrl import MasaCtrl
 from oracles import joint_attention
 from support import editing, tiny
+from support.shapes import Scene, on_every_shape
 
 SOURCE, TARGET = "a cat sits on a sofa", "a cat runs on a sofa"
-SHAPES = [("sd1", 16, 16, 1, False), ("sdxl", 24, 16, 2, False), ("sd1", 24, 16, 2, True), ("sdxl", 16, 16, 1, True)]
 DECODER = {"sd1": "output.1-", "sdxl": "output.0-"}
 
 
@@ -61,57 +61,47 @@ class Paper(joint_attention.Editor):
         return out
 
 
-def both(kind, height, width, batch, apart, control, paper, cfg=7.5):
-    model = tiny.model(kind)
-    path = editing.path(model, 10, batch, height, width)
-    words, empty = editing.prompts(kind, SOURCE, TARGET), editing.negative(kind)
-    expected = joint_attention.joint_edit(model, path, words.source, words.target, empty, cfg, paper)
-    plain = joint_attention.joint_edit(model, path, words.source, words.target, empty, cfg, joint_attention.Editor())
-    got, _ = editing.run(editing.split(model) if apart else model, path, words.target, empty, cfg, [control(words)])
-    return got, expected, plain
+def first(shape):
+    """The first of the paper's layers in a tiny model's decoder."""
+    return 1 if shape.kind == "sd1" else 0
 
 
-def masks(batch, height, width):
+def masks(shape):
     """Objects in source and target, at the size of the picture; those of the pictures differ."""
-    source, target = torch.zeros(2, batch, 8 * height, 8 * width)
-    for b in range(batch):
+    source, target = torch.zeros(2, shape.batch, 8 * shape.height, 8 * shape.width)
+    for b in range(shape.batch):
         source[b, 20 : 70 + 16 * b, 10:80] = 1
         target[b, 40:100, 30 : 100 - 16 * b] = 1
     return source, target
 
 
-@pytest.mark.parametrize("kind, height, width, batch, apart", SHAPES)
+@on_every_shape
 @pytest.mark.parametrize("union", [False, True])
-def test_queries_look_up_the_source(kind, height, width, batch, apart, union):
-    got, expected, plain = both(
-        kind, height, width, batch, apart,
-        lambda words: MasaCtrl(prompts=words, window=(0.1, 1), blocks=DECODER[kind], own_keys=union),
-        Paper(1 if kind == "sd1" else 0, union=union))
-    assert (got - expected).abs().max() < 1e-4
-    assert (got - plain).abs().max() > 1e-2
+def test_queries_look_up_the_source(shape, union):
+    scene = Scene(shape, SOURCE, TARGET)
+    got, _ = scene.edited(MasaCtrl(prompts=scene.words, window=(0.1, 1), blocks=DECODER[shape.kind], own_keys=union))
+    assert (got - scene.by_paper(Paper(first(shape), union=union))).abs().max() < 1e-4
+    assert (got - scene.by_paper()).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("kind, height, width, batch, apart", SHAPES)
-def test_given_masks_keep_object_and_ground_apart(kind, height, width, batch, apart):
-    source, target = masks(batch, height, width)
-    got, expected, plain = both(
-        kind, height, width, batch, apart,
-        lambda words: MasaCtrl(prompts=words, window=(0.1, 1), blocks=DECODER[kind], source_mask=source, target_mask=target),
-        Paper(1 if kind == "sd1" else 0, masks=(source, target)))
-    assert (got - expected).abs().max() < 1e-4
-    assert (got - plain).abs().max() > 1e-2
+@on_every_shape
+def test_given_masks_keep_object_and_ground_apart(shape):
+    scene, (source, target) = Scene(shape, SOURCE, TARGET), masks(shape)
+    got, _ = scene.edited(MasaCtrl(prompts=scene.words, window=(0.1, 1), blocks=DECODER[shape.kind], source_mask=source,
+                                   target_mask=target))
+    assert (got - scene.by_paper(Paper(first(shape), masks=(source, target)))).abs().max() < 1e-4
+    assert (got - scene.by_paper()).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("kind, height, width, batch, apart", SHAPES)
-def test_masks_from_the_words_of_the_prompts(kind, height, width, batch, apart):
-    grid = (height // 2, width // 2)
-    paper = Paper(1 if kind == "sd1" else 0, words={"grid": grid, "c_s": [2], "c_t": [2]}, threshold=0.5)
-    control = dict(window=(0.1, 1), blocks=DECODER[kind], source_words=("cat",), target_words=("cat",), threshold=0.5,
-                   map_blocks="@1/2")
-    got, expected, plain = both(kind, height, width, batch, apart, lambda words: MasaCtrl(prompts=words, **control), paper)
-    assert (got - expected).abs().max() < 1e-4
-    without = both(kind, height, width, batch, apart,
-                   lambda words: MasaCtrl(prompts=words, window=(0.1, 1), blocks=DECODER[kind]), joint_attention.Editor())[0]
+@on_every_shape
+def test_masks_from_the_words_of_the_prompts(shape):
+    scene, where = Scene(shape, SOURCE, TARGET), dict(window=(0.1, 1), blocks=DECODER[shape.kind])
+    paper = Paper(first(shape), threshold=0.5,
+                  words={"grid": (shape.height // 2, shape.width // 2), "c_s": [2], "c_t": [2]})
+    got, _ = scene.edited(MasaCtrl(prompts=scene.words, **where, source_words=("cat",), target_words=("cat",),
+                                   threshold=0.5, map_blocks="@1/2"))
+    assert (got - scene.by_paper(paper)).abs().max() < 1e-4
+    without, _ = scene.edited(MasaCtrl(prompts=scene.words, **where))
     assert (got - without).abs().max() > 1e-3
 
 

@@ -12,8 +12,8 @@ import torch
 from comfyui_ledits.nodes.capture_attention import CaptureAttention
 from comfyui_ledits.nodes.ddim_inversions import DDIMInversion, DirectInversion, NegativePromptInversion
 from comfyui_ledits.nodes.edit_friendly_inversion import EditFriendlyInversion
-from comfyui_ledits.nodes.learned_inversions import ON_INTERRUPT, NullTextInversion, StyleDiffusionInversion
-from support import tiny
+from comfyui_ledits.nodes.learned_inversions import NullTextInversion, StyleDiffusionInversion
+from support import runs, tiny
 from support.chain_parts import CONTROLS, SIDE, STEPS, attention, empty, plain, words
 from test_traces import INTERRUPTED, act_at, fail, state
 
@@ -21,8 +21,6 @@ import nodes
 
 pytestmark = pytest.mark.usefixtures("inference_mode")
 LATENT = tiny.latent(height=SIDE, width=SIDE)
-SCHEDULE = (STEPS, "ddim_uniform")
-PRECISION = (1, 0.0, "A")
 RESIMULATED = {"path": "re-simulated", "edit_cfg": 4.0}
 
 
@@ -44,16 +42,12 @@ def capture(name):
         attention=tuple(attention(name)), skip=0)
 
 
-def ddim(node, *more):
-    return lambda model: node.execute(model, *prompts(), LATENT, 1.0, *SCHEDULE, *PRECISION, *more)
+def inverting(node, **inputs):
+    return lambda model: runs.invert(node, latent=LATENT, pair=prompts(), on=model, steps=STEPS, **inputs)
 
 
-def null_text(model):
-    return NullTextInversion.execute(model, *prompts(), LATENT, 5.0, *SCHEDULE, 2, 0.01, 0.0, ON_INTERRUPT[0])
-
-
-def style_diffusion(model):
-    return StyleDiffusionInversion.execute(model, *prompts(), LATENT, 5.0, *SCHEDULE, 2, 1.0, 0.5, 0.01, 0.0, ON_INTERRUPT[0])
+null_text = inverting(NullTextInversion, cfg=5.0, inner_steps=2, early_stop=0.0)
+style_diffusion = inverting(StyleDiffusionInversion, cfg=5.0, first_steps=2, tau_v=0.5, early_stop=0.0)
 
 
 def on_the_learned(inversion):
@@ -75,12 +69,12 @@ RUNS = {
     **{name: edit(name) for name in CONTROLS},
     "capture": capture("masactrl"),
     "capture features": capture("pnp"),
-    "edit-friendly": lambda model: EditFriendlyInversion.execute(
-        model, *prompts(), LATENT, 3.5, *SCHEDULE, 1.0, 0, steps_at_once=1),
-    "ddim": ddim(DDIMInversion, RESIMULATED),
-    "direct": ddim(DirectInversion, {"ablation": "none"}),
-    "direct, target side": ddim(DirectInversion, {"ablation": "target side", "edit_cfg": 4.0}),
-    "negative-prompt": ddim(NegativePromptInversion, RESIMULATED, 0.2),
+    "edit-friendly": inverting(EditFriendlyInversion, cfg=3.5, steps_at_once=1),
+    "ddim": inverting(DDIMInversion, refinements=1, path=RESIMULATED),
+    "direct": inverting(DirectInversion, refinements=1),
+    "direct, target side": inverting(DirectInversion, refinements=1,
+                                     ablation={"ablation": "target side", "edit_cfg": 4.0}),
+    "negative-prompt": inverting(NegativePromptInversion, refinements=1, path=RESIMULATED, interpolation=0.2),
     "null-text": null_text,
     "null-text edit": on_the_learned(null_text),
     "StyleDiffusion": style_diffusion,

@@ -1,4 +1,5 @@
 """Noise regularisation of pix2pix-zero against a loop of torch's autograd, and its place in DDIM inversion."""
+import functools
 import random
 
 import pytest
@@ -8,7 +9,8 @@ from comfyui_ledits.samplers.methods import ddim
 from comfyui_ledits.samplers.methods.families import FAMILIES
 from comfyui_ledits.samplers.methods.noise_regularisation import NoiseRegularisation, draw_shifts
 from comfyui_ledits.tools.api.client import ComfyClient
-from support import tiny
+from support import runs, tiny
+from support.graphs import node
 
 PUBLISHED = {"noise_regularisation": "pix2pix-zero", "lambda_ac": 20.0, "lambda_kl": 20.0, "reg_steps": 5, "ac_rolls": 5,
              "reg_seed": 0}
@@ -119,9 +121,8 @@ def test_every_prediction_of_the_inversion_is_regularised(refinements):
 
 def test_the_node_takes_it_with_the_published_values(inference_mode):
     model, latent = tiny.model(), tiny.latent(batch=2, height=16, width=16)
-    common = (model, tiny.conditioning(seed=1), tiny.conditioning(seed=2), latent, 1.0, 4, "ddim_uniform", 0, 0.0, "A",
-              {"path": "inverted"})
-    plain, off, on, again = (DDIMInversion.execute(*common, noise_regularisation=choice)[0]
+    invert = functools.partial(runs.invert, DDIMInversion, on=model, steps=4)
+    plain, off, on, again = (invert(latent=latent, noise_regularisation=choice)[0]
                              for choice in (None, {"noise_regularisation": "none"}, PUBLISHED, PUBLISHED))
     assert torch.equal(plain.latents, off.latents) and plain.settings == off.settings
     assert torch.equal(on.latents, again.latents)
@@ -133,14 +134,11 @@ def test_the_node_takes_it_with_the_published_values(inference_mode):
     assert {"noise_regularisation": "pix2pix-zero", **published} == PUBLISHED
     # a picture is inverted alike in any company
     first = {"samples": latent["samples"][:1]}
-    alone = DDIMInversion.execute(*common[:3], first, *common[4:], noise_regularisation=PUBLISHED)[0]
+    alone = invert(latent=first, noise_regularisation=PUBLISHED)[0]
     assert (alone.latents - on.latents[:, :1]).abs().max() < 1e-4
 
 
 def test_a_server_takes_the_nested_inputs_and_does_without_them(server_url):
-    def node(node_id, **inputs):
-        return {"class_type": node_id, "inputs": inputs}
-
     graph = {
         "model": node("LEDITS_LoadDemoModel"),
         "words": node("CLIPTextEncode", text="a red star on a grey ground", clip=["model", 1]),

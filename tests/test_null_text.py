@@ -7,49 +7,26 @@ import comfy.sample
 import pytest
 import torch
 from comfyui_ledits.nodes.learned_inversions import ON_INTERRUPT, NullTextInversion
-from comfyui_ledits.nodes.sampling import LeditsKSampler
 from comfyui_ledits.samplers import gradients
 from comfyui_ledits.samplers.gradient_inverters import NullTextInverter
 from comfyui_ledits.samplers.guider import LeditsGuider
 from comfyui_ledits.samplers.methods import fit
 from comfyui_ledits.samplers.methods.families import FAMILIES
 from oracles import diffusion, learning
-from support import tiny
+from support import runs, tiny
 from support.listening import listen
+from support.runs import EMPTY, model, prompts
 
 pytestmark = pytest.mark.usefixtures("inference_mode")
-SOURCE, EMPTY, CFG = 1, 2, 7.5
-
-
-def model(kind="sd1"):
-    """The MODEL of a kind, with weights that are inference tensors, as core's loaders make them."""
-    return _model(kind)
-
-
-@functools.cache
-def _model(kind):
-    with torch.inference_mode():
-        made = tiny.model(kind)
-    assert all(p.is_inference() for p in made.model.diffusion_model.parameters())
-    return made
-
-
-def prompts(kind="sd1"):
-    return tiny.conditioning(kind, SOURCE), tiny.conditioning(kind, EMPTY)
-
-
-def invert(kind="sd1", batch=1, steps=4, inner_steps=3, on_interrupt=ON_INTERRUPT[0], early_stop=1e-5, patched=None, **more):
-    return NullTextInversion.execute(
-        patched or model(kind), *prompts(kind), tiny.latent(kind, batch), CFG, steps, "ddim_uniform", inner_steps,
-        0.01, early_stop, on_interrupt, **more,
-    )
+CFG = 7.5
+invert = functools.partial(runs.invert, NullTextInversion, cfg=CFG, steps=4)
 
 
 # --- what is learned ------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("kind, batch", [("sd1", 2), ("sd2", 1), ("sdxl", 1)])
 def test_it_learns_what_the_papers_loop_learns(kind, batch):
-    inversion = invert(kind, batch, steps=3)[0]
+    inversion = invert(kind, batch=batch, steps=3)[0]
     learned = inversion.overrides["negative"].double()
     latent = tiny.latent(kind, batch)["samples"]
     with torch.inference_mode(False):
@@ -100,7 +77,7 @@ def test_more_learning_means_a_smaller_loss_and_a_better_picture_at_the_guidance
 
     def outcome(inner_steps):
         inversion = invert(inner_steps=inner_steps, steps=5)[0]
-        edited = LeditsKSampler.execute(model(), *prompts(), inversion, CFG, 0)[0]["samples"]
+        edited = runs.edit("sd1", inversion, cfg=CFG)
         return inversion.settings.get("loss"), float((edited - latent).pow(2).mean())
 
     nothing, little, much = outcome(0), outcome(1), outcome(10)
@@ -111,7 +88,7 @@ def test_more_learning_means_a_smaller_loss_and_a_better_picture_at_the_guidance
 def test_a_float16_model_learns_too():
     half = tiny.model()
     half.model.diffusion_model.half().dtype = torch.float16
-    inversion = invert(patched=half)[0]
+    inversion = invert(on=half)[0]
     exact = invert()[0]
     assert inversion.settings["loss"] == pytest.approx(exact.settings["loss"], rel=0.1)
     apart = (inversion.overrides["negative"] - exact.overrides["negative"]).abs().mean()
@@ -185,7 +162,7 @@ def test_nothing_is_left_on_the_model(end):
     if end == "finished":
         invert(steps=2)
     elif end == "with a patch":
-        ours = [invert(steps=2, patched=m)[0].overrides["negative"] for m in (patched, model())]
+        ours = [invert(steps=2, on=m)[0].overrides["negative"] for m in (patched, model())]
         assert not torch.allclose(*ours, atol=1e-3)
     else:
         def fail(calls):
@@ -237,18 +214,17 @@ def test_rows_count_forward_and_backward():
 
 def test_models_and_prompts_that_cannot_be_learned_with_are_refused():
     with pytest.raises(ValueError, match="flow models"):
-        invert("sd1", patched=tiny.model("flow"))
+        invert("sd1", on=tiny.model("flow"))
     other = tiny.model()
     other.add_object_patch("diffusion_model", torch.nn.Identity())
     with pytest.raises(ValueError, match="not a U-Net"):
-        invert("sd1", patched=other)
-    args = tiny.latent(), CFG, 2, "ddim_uniform", 1, 0.01, 1e-5, ON_INTERRUPT[0]
+        invert("sd1", on=other)
     positive, negative = prompts()
     for bad in (negative + negative, tiny.conditioning(mask=torch.ones(1, 8, 8)), tiny.conditioning(control=object())):
         with pytest.raises(ValueError, match="plain words as the negative prompt"):
-            NullTextInversion.execute(model(), positive, bad, *args)
+            invert(steps=2, inner_steps=1, pair=(positive, bad))
         with pytest.raises(ValueError, match="plain words as the positive prompt"):
-            NullTextInversion.execute(model(), bad, negative, *args)
+            invert(steps=2, inner_steps=1, pair=(bad, negative))
 
 
 class OnDemand(comfy.model_patcher.ModelPatcher):
@@ -268,7 +244,7 @@ def test_under_dynamic_vram_a_second_model_is_loaded_and_unloaded():
     cpu, loaded = torch.device("cpu"), []
     dynamic = OnDemand(model().model, cpu, cpu)
     with pytest.raises(ValueError, match="--disable-dynamic-vram"):
-        invert(patched=dynamic)
+        invert(on=dynamic)
 
     def load_again(kind, disable_dynamic=False):
         assert disable_dynamic
@@ -277,7 +253,7 @@ def test_under_dynamic_vram_a_second_model_is_loaded_and_unloaded():
 
     dynamic.cached_patcher_init = (load_again, ("sd1",))
     was = state(dynamic)
-    learned = invert(patched=dynamic)[0].overrides["negative"]
+    learned = invert(on=dynamic)[0].overrides["negative"]
     assert torch.equal(learned, invert()[0].overrides["negative"])
     assert len(loaded) == 1 and state(dynamic) == was and dynamic.non_dynamic_delegate_model is None
     assert not any(m.model is not None and m.model.model is loaded[0].model for m in comfy.model_management.current_loaded_models)

@@ -4,30 +4,24 @@ from dataclasses import replace
 
 import pytest
 import torch
-from comfy_extras.nodes_custom_sampler import BasicGuider, CFGGuider, DisableNoise, SamplerCustomAdvanced
+from comfy_extras.nodes_custom_sampler import BasicGuider, CFGGuider
 from comfyui_ledits.nodes.ddim_inversions import DDIMInversion, NegativePromptInversion
-from comfyui_ledits.nodes.sampling import LeditsKSampler, LeditsSamplerNode
+from comfyui_ledits.nodes.sampling import LeditsSamplerNode
 from oracles import diffusion
-from support import tiny
+from support import runs, tiny
+from support.runs import EMPTY, RESIMULATED, SOURCE, TARGET, invert, model, prompts
 
 pytestmark = pytest.mark.usefixtures("inference_mode")
-model = functools.cache(tiny.model)
-SOURCE, EMPTY, TARGET = 1, 2, 3
 KINDS = ["sd1", "sd2", "sdxl", "sdxl_v"]
 close = functools.partial(torch.testing.assert_close, rtol=1e-3, atol=1e-3)
 
 
-def prompts(kind, *seeds):
-    return [tiny.conditioning(kind, seed) for seed in seeds]
+def edit_node(kind, inversion, cfg=7.5, prompt=TARGET, **inputs):
+    return runs.edit_node(kind, inversion, cfg=cfg, prompt=prompt, **inputs)
 
 
-def invert(node, kind, latent, *more, steps=10, path=None, pair=None):
-    return node.execute(model(kind), *(pair or prompts(kind, SOURCE, EMPTY)), latent, 1.0, steps, "ddim_uniform", 0, 0.0,
-                        "A", path or {"path": "inverted"}, *more)
-
-
-def edit(kind, inversion, cfg=7.5, prompts_=(TARGET, EMPTY), skip=0):
-    return LeditsKSampler.execute(model(kind), *prompts(kind, *prompts_), inversion, cfg, skip)
+def edit(kind, inversion, **inputs):
+    return edit_node(kind, inversion, **inputs)[0]["samples"]
 
 
 def slerp(low, high, share):
@@ -40,50 +34,50 @@ def slerp(low, high, share):
 @pytest.mark.parametrize("kind", ["sd1", "sd2"])
 def test_negative_prompt_inversion_is_a_plain_loop_with_the_source_as_negative(kind, share):
     latent, timesteps = tiny.latent(kind), diffusion.ddim_uniform(10)
-    inversion = invert(NegativePromptInversion, kind, latent, share)[0]
+    inversion = invert(NegativePromptInversion, kind, latent, interpolation=share)[0]
     source, empty, target = prompts(kind, SOURCE, EMPTY, TARGET)
     words = slerp(source[0][0].double(), empty[0][0].double(), share).float() if 0 < share < 1 else None
     negative = [[words, {}]] if words is not None else [source, empty][int(share)]
     x = inversion.latents[0].double() * diffusion.abar(timesteps[0]).sqrt()
     for t, p in zip(timesteps, timesteps[1:]):
         x = diffusion.step(x, diffusion.guided(model(kind), target, negative, 7.5)(x, t), t, p, eta=0.0)[0]
-    edited = edit(kind, inversion)[0]["samples"]
+    edited = edit(kind, inversion)
     close(edited, tiny.KINDS[kind][0].latent_format().process_out(x).float())
-    plain = edit(kind, replace(inversion, overrides={}))[0]["samples"]
+    plain = edit(kind, replace(inversion, overrides={}))
     assert torch.allclose(edited, plain, atol=1e-3) == (share == 1)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_is_ddim_inversion_edited_with_the_source_as_negative(kind):
     latent = tiny.latent(kind, 2)
-    inversion = invert(NegativePromptInversion, kind, latent, 0.0)[0]
+    inversion = invert(NegativePromptInversion, kind, latent)[0]
     plain = invert(DDIMInversion, kind, latent)[0]
     assert torch.equal(inversion.latents, plain.latents)
     assert inversion.overrides.keys() == {"negative"} | ({"negative_pooled"} if kind.startswith("sdxl") else set())
-    expected = edit(kind, plain, prompts_=(TARGET, SOURCE))[0]["samples"]
-    assert torch.equal(edit(kind, inversion)[0]["samples"], expected)
-    assert not torch.allclose(edit(kind, plain)[0]["samples"], expected, atol=1e-2)
+    expected = edit(kind, plain, negative=SOURCE)
+    assert torch.equal(edit(kind, inversion), expected)
+    assert not torch.allclose(edit(kind, plain), expected, atol=1e-2)
 
 
 @pytest.mark.parametrize("kind", ["sd1", "sdxl"])
 def test_the_source_prompt_follows_the_path_of_guidance_1_at_any_cfg_with_one_row_a_step(kind):
     latent = tiny.latent(kind)
-    inversion = invert(NegativePromptInversion, kind, latent, 0.0)[0]
+    inversion = invert(NegativePromptInversion, kind, latent)[0]
     with tiny.Calls(model(kind)) as calls:
-        output = edit(kind, inversion, 7.5, (SOURCE, EMPTY))
+        output = edit_node(kind, inversion, prompt=SOURCE)
     assert calls.rows == output.ui["ledits"][0]["unet_rows"] == 10
-    plain = edit(kind, replace(inversion, overrides={}), 1.0, (SOURCE, EMPTY))[0]["samples"]
+    plain = edit(kind, replace(inversion, overrides={}), cfg=1.0, prompt=SOURCE)
     close(output[0]["samples"], plain, atol=1e-4)
-    again = invert(NegativePromptInversion, kind, latent, 0.0, path={"path": "re-simulated", "edit_cfg": 7.5})[0]
+    again = invert(NegativePromptInversion, kind, latent, path=RESIMULATED)[0]
     close(model(kind).model.process_latent_out(again.latents[-1]), plain, atol=1e-4)
 
 
 def test_equal_prompts_are_evaluated_twice_where_the_inversion_makes_them_differ():
-    inversion = invert(NegativePromptInversion, "sd1", tiny.latent(), 0.0)[0]
+    inversion = invert(NegativePromptInversion, "sd1")[0]
     with tiny.Calls(model("sd1")) as calls:
-        output = edit("sd1", inversion, 7.5, (TARGET, TARGET))
+        output = edit_node("sd1", inversion, negative=TARGET)
     assert calls.rows == output.ui["ledits"][0]["unet_rows"] == 20
-    assert torch.equal(output[0]["samples"], edit("sd1", inversion, 7.5, (TARGET, EMPTY))[0]["samples"])
+    assert torch.equal(output[0]["samples"], edit("sd1", inversion))
 
 
 def test_one_evaluation_serves_both_in_just_the_steps_where_they_are_equal():
@@ -92,7 +86,7 @@ def test_one_evaluation_serves_both_in_just_the_steps_where_they_are_equal():
     words[0] = words[3] = pair[0][0][0]
     inversion = prescribing("sd1", negative=words)
     with tiny.Calls(model("sd1")) as calls:
-        LeditsKSampler.execute(model("sd1"), *pair, inversion, 7.5, 0)
+        edit("sd1", inversion, pair=pair)
     assert [sum(len(t) for t, _ in step) for step in _by_step(calls.calls)] == [1, 2, 2, 1, 2]
 
 
@@ -104,23 +98,23 @@ def test_prompts_that_cannot_stand_in_for_each_other_are_refused(pair):
     else:
         pair, share, word = [tiny.conditioning("sd1", SOURCE, tokens=154), empty], 0.5, "interpolation to 0"
     with pytest.raises(ValueError, match=word):
-        invert(NegativePromptInversion, "sd1", tiny.latent(), share, pair=pair)
+        invert(NegativePromptInversion, "sd1", interpolation=share, pair=pair)
 
 
 # --- per-step embeddings --------------------------------------------------------------------------------------------
 
 def prescribing(kind, batch=1, **overrides):
-    return replace(invert(DDIMInversion, kind, tiny.latent(kind, batch), steps=5)[0], overrides=overrides)
+    return replace(invert(DDIMInversion, kind, batch=batch, steps=5)[0], overrides=overrides)
 
 
 def random(*shape, seed=9):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def run(kind, inversion, guider, skip=0):
+def run(inversion, guider, skip=0):
     sampler, sigmas = LeditsSamplerNode.execute(inversion=inversion, skip=skip).result
     x_T = {"samples": torch.zeros(inversion.batch, 4, 8, 8)}
-    return SamplerCustomAdvanced.execute(DisableNoise.execute()[0], guider, sampler, sigmas, x_T)[0]["samples"]
+    return runs.in_parts(guider, sampler, sigmas, x_T)
 
 
 @pytest.mark.parametrize("skip", [0, 2])
@@ -130,12 +124,13 @@ def test_each_step_sees_its_own_negative_and_the_guider_keeps_none_of_them(guide
     words = random(5, 1 if own == "one for all" else 2, 77, tiny.CONTEXT)
     inversion, pair = prescribing("sd1", 2, negative=words), prompts("sd1", TARGET, EMPTY)
     before = pair[1][0][0].clone()
-    guider = CFGGuider.execute(model("sd1"), *pair, 7.5)[0] if guider == "core" else None
+    core = CFGGuider.execute(model=model("sd1"), positive=pair[0], negative=pair[1], cfg=7.5)[0]
+    guider = core if guider == "core" else None
     with tiny.Calls(model("sd1")) as calls:
         if guider is None:
-            LeditsKSampler.execute(model("sd1"), *pair, inversion, 7.5, skip)
+            edit("sd1", inversion, pair=pair, skip=skip)
         else:
-            run("sd1", inversion, guider, skip)
+            run(inversion, guider, skip)
     seen = [torch.cat([c for _, c in group]) for group in _by_step(calls.calls)]
     assert len(seen) == 5 - skip
     for i, rows in enumerate(seen):
@@ -145,7 +140,7 @@ def test_each_step_sees_its_own_negative_and_the_guider_keeps_none_of_them(guide
     assert torch.equal(pair[1][0][0], before)
     if guider is not None:  # the next run, on a path without any, sees the negative again
         with tiny.Calls(model("sd1")) as calls:
-            run("sd1", replace(inversion, overrides={}), guider)
+            run(replace(inversion, overrides={}), guider)
         assert len(calls.rows_of(pair[1])) == 10
 
 
@@ -159,8 +154,8 @@ def _by_step(calls):
 
 def test_a_guider_without_a_negative_runs_without():
     inversion = prescribing("sd1", negative=random(5, 1, 77, tiny.CONTEXT))
-    guider = BasicGuider.execute(model("sd1"), prompts("sd1", TARGET)[0])[0]
-    assert torch.equal(run("sd1", inversion, guider), run("sd1", replace(inversion, overrides={}), guider))
+    guider = BasicGuider.execute(model=model("sd1"), conditioning=prompts("sd1", TARGET)[0])[0]
+    assert torch.equal(run(inversion, guider), run(replace(inversion, overrides={}), guider))
 
 
 def test_the_pooled_negative_is_seen_and_sizes_are_kept():
@@ -168,8 +163,7 @@ def test_the_pooled_negative_is_seen_and_sizes_are_kept():
     pair = [tiny.conditioning("sdxl", seed, width=256, height=128, crop_w=8) for seed in (TARGET, EMPTY)]
     by_hand = [[pair[1][0][0], {**pair[1][0][1], "pooled_output": pooled}]]
     plain = invert(DDIMInversion, "sdxl", latent)[0]
-    results = [LeditsKSampler.execute(model=model("sdxl"), positive=pair[0], negative=negative, inversion=inversion,
-        cfg=7.5, skip=0)[0]["samples"]
+    results = [edit("sdxl", inversion, pair=(pair[0], negative))
                for negative, inversion in [(by_hand, plain), (pair[1], replace(plain, overrides={"negative_pooled": pooled})),
                                            (pair[1], plain)]]
     assert torch.equal(results[0], results[1])
@@ -201,7 +195,7 @@ def test_values_change_to_v_of_the_positive_alone_while_tau_v_lasts(kind, tau, c
     inversion = prescribing(kind, 2, value=value)
     inversion = replace(inversion, settings={**inversion.settings, "tau_v": tau})
     with Projections(model(kind).model.diffusion_model) as seen:
-        LeditsKSampler.execute(model(kind), *pair, inversion, 7.5, 0)
+        edit(kind, inversion, pair=pair)
     layers = len(seen.keys) // 5
     assert len(seen.keys) == len(seen.values) == 5 * layers > 0
     positive, negative = (c[0][0][0] for c in pair)
@@ -218,7 +212,7 @@ def test_equal_prompts_are_evaluated_twice_where_values_differ():
     value = torch.stack([torch.ones(5, 1, 77, tiny.CONTEXT), torch.ones(5, 1, 77, tiny.CONTEXT)], 2)
     inversion = prescribing("sd1", value=value)
     with tiny.Calls(model("sd1")) as calls:
-        edit("sd1", inversion, prompts_=(TARGET, TARGET))
+        edit("sd1", inversion, negative=TARGET)
     assert calls.rows == 10
 
 

@@ -6,19 +6,19 @@ from comfyui_ledits.attention_hooks.controls.local_blend import LocalBlend
 from comfyui_ledits.attention_hooks.controls.p2p import PromptToPrompt
 from oracles import joint_attention
 from support import editing, tiny
+from support.shapes import SHAPES, Scene, on_every_shape
 
 SOURCE, REFINED, SWAPPED = "a cat on a sofa", "a silver cat on a sofa", "a schnauzer on a sofa"
 # Positions of the tokens, counted by hand: <start> a cat on a sofa <end>; "schnauzer" is two of them.
 WORDS = {SOURCE: {"cat": [2], "sofa": [5]}, REFINED: {"silver": [2], "cat": [3], "sofa": [6]},
          SWAPPED: {"schnauzer": [2, 3], "sofa": [6]}}
-SHAPES = [("sd1", 16, 16, 1, False), ("sdxl", 24, 16, 2, False), ("sd1", 24, 16, 2, True), ("sdxl", 16, 16, 1, True)]
 
 
 class Paper(joint_attention.Editor):
     """Equations of arXiv 2208.01626, section 3, on the maps of one head."""
 
-    def __init__(self, target, steps, cross, self_until, uncond_until=0, words=None, eq=None, blend=None):
-        self.target, self.steps, self.cross, self.self_until = target, steps, cross, self_until
+    def __init__(self, target, tokens, cross, self_until, uncond_until=0, words=None, eq=None, blend=None, steps=10):
+        self.target, self.tokens, self.steps, self.cross, self.self_until = target, tokens, steps, cross, self_until
         self.uncond_until, self.words, self.eq, self.blend = uncond_until, words or {}, eq or {}, blend
         self.total = {}
 
@@ -89,75 +89,54 @@ class Paper(joint_attention.Editor):
         return source + area.float() * (x - source)
 
 
-def both(kind, height, width, batch, apart, target, control, paper, cfg=7.5):
-    """(the pack's result, the paper's, plain guidance's) after 10 steps."""
-    model = tiny.model(kind)
-    path = editing.path(model, 10, batch, height, width)
-    words = editing.prompts(kind, SOURCE, target)
-    empty = editing.negative(kind)
-    paper.tokens = height * width
-    expected = joint_attention.joint_edit(model, path, words.source, words.target, empty, cfg, paper)
-    plain = joint_attention.joint_edit(model, path, words.source, words.target, empty, cfg, joint_attention.Editor())
-    model = editing.split(model) if apart else model
-    got, _ = editing.run(model, path, words.target, empty, cfg, [control(words)])
-    return got, expected, plain
+@on_every_shape
+def test_plain_guidance_is_the_joint_batch_without_an_editor(shape):
+    scene = Scene(shape, SOURCE, REFINED)
+    got, _ = scene.edited()
+    assert (got - scene.by_paper()).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("kind, height, width, batch, apart", SHAPES)
-def test_plain_guidance_is_the_joint_batch_without_an_editor(kind, height, width, batch, apart):
-    model = tiny.model(kind)
-    path = editing.path(model, 10, batch, height, width)
-    words, empty = editing.prompts(kind, SOURCE, REFINED), editing.negative(kind)
-    expected = joint_attention.joint_edit(model, path, words.source, words.target, empty, 7.5, joint_attention.Editor())
-    got, _ = editing.run(editing.split(model) if apart else model, path, words.target, empty, 7.5)
-    assert (got - expected).abs().max() < 1e-4
-
-
-@pytest.mark.parametrize("kind, height, width, batch, apart", SHAPES)
+@on_every_shape
 @pytest.mark.parametrize("target", [REFINED, SWAPPED])
-def test_words_and_places_follow_the_source(kind, height, width, batch, apart, target):
-    got, expected, plain = both(
-        kind, height, width, batch, apart, target,
-        lambda words: PromptToPrompt(prompts=words, cross=(0, 0.6), self_=(0, 0.4)), Paper(target, 10, 0.6, 0.4))
-    assert (got - expected).abs().max() < 1e-4
-    assert (got - plain).abs().max() > 1e-2
+def test_words_and_places_follow_the_source(shape, target):
+    scene = Scene(shape, SOURCE, target)
+    got, _ = scene.edited(PromptToPrompt(prompts=scene.words, cross=(0, 0.6), self_=(0, 0.4)))
+    assert (got - scene.by_paper(Paper(target, shape.tokens, cross=0.6, self_until=0.4))).abs().max() < 1e-4
+    assert (got - scene.by_paper()).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("kind, height, width, batch, apart", SHAPES)
-def test_p2plus_replaces_self_attention_of_the_negative_too(kind, height, width, batch, apart):
-    got, expected, _ = both(
-        kind, height, width, batch, apart, REFINED,
-        lambda words: PromptToPrompt(prompts=words, cross=(0, 0.8), self_=(0, 0.4), uncond_self=(0, 0.5)),
-        Paper(REFINED, 10, 0.8, 0.4, 0.5))
-    without = both(kind, height, width, batch, apart, REFINED,
-                   lambda words: PromptToPrompt(prompts=words, cross=(0, 0.8), self_=(0, 0.4)), Paper(REFINED, 10, 0.8, 0.4))[0]
-    assert (got - expected).abs().max() < 1e-4
+@on_every_shape
+def test_p2plus_replaces_self_attention_of_the_negative_too(shape):
+    scene = Scene(shape, SOURCE, REFINED)
+    got, _ = scene.edited(PromptToPrompt(prompts=scene.words, cross=(0, 0.8), self_=(0, 0.4), uncond_self=(0, 0.5)))
+    without, _ = scene.edited(PromptToPrompt(prompts=scene.words, cross=(0, 0.8), self_=(0, 0.4)))
+    paper = Paper(REFINED, shape.tokens, cross=0.8, self_until=0.4, uncond_until=0.5)
+    assert (got - scene.by_paper(paper)).abs().max() < 1e-4
     assert (got - without).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("kind, height, width, batch, apart", SHAPES[:2])
-def test_words_are_reweighted_and_have_windows_of_their_own(kind, height, width, batch, apart):
-    got, expected, plain = both(
-        kind, height, width, batch, apart, REFINED,
-        lambda words: PromptToPrompt(prompts=words, cross=(0, 0.8), self_=(0, 0), words=(("sofa", (0.2, 0.5)),),
-                                     equalizer=(("cat", -1.5), ("Silver", 3.0))),
-        Paper(REFINED, 10, 0.8, 0, words={"sofa": (0.2, 0.5)}, eq={"cat": -1.5, "silver": 3.0}))
-    assert (got - expected).abs().max() < 1e-4
-    assert (got - plain).abs().max() > 1e-2
+@pytest.mark.parametrize("shape", SHAPES[:2], ids=str)
+def test_words_are_reweighted_and_have_windows_of_their_own(shape):
+    scene = Scene(shape, SOURCE, REFINED)
+    got, _ = scene.edited(PromptToPrompt(prompts=scene.words, cross=(0, 0.8), self_=(0, 0),
+                                         words=(("sofa", (0.2, 0.5)),), equalizer=(("cat", -1.5), ("Silver", 3.0))))
+    paper = Paper(REFINED, shape.tokens, cross=0.8, self_until=0, words={"sofa": (0.2, 0.5)},
+                  eq={"cat": -1.5, "silver": 3.0})
+    assert (got - scene.by_paper(paper)).abs().max() < 1e-4
+    assert (got - scene.by_paper()).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("kind, height, width, batch, apart", SHAPES)
-def test_local_blend_keeps_the_picture_where_the_words_are_not(kind, height, width, batch, apart):
-    grid = (height // 2, width // 2)
-    paper = Paper(REFINED, 10, 0.8, 0.4, blend={"grid": grid, "words": ["cat", "silver"], "substruct": ["sofa"],
-                                                "threshold": 0.9, "start": 0.2})
-    blend = LocalBlend(words=("cat", "silver"), substruct_words=("sofa",), threshold=0.9, substruct_threshold=0.9, start=0.2, blocks="@1/2")
-    got, expected, plain = both(
-        kind, height, width, batch, apart, REFINED,
-        lambda words: PromptToPrompt(prompts=words, cross=(0, 0.8), self_=(0, 0.4), blend=blend), paper)
+@on_every_shape
+def test_local_blend_keeps_the_picture_where_the_words_are_not(shape):
+    scene, grid = Scene(shape, SOURCE, REFINED), (shape.height // 2, shape.width // 2)
+    paper = Paper(REFINED, shape.tokens, cross=0.8, self_until=0.4, blend={
+        "grid": grid, "words": ["cat", "silver"], "substruct": ["sofa"], "threshold": 0.9, "start": 0.2})
+    blend = LocalBlend(words=("cat", "silver"), substruct_words=("sofa",), threshold=0.9, substruct_threshold=0.9,
+                       start=0.2, blocks="@1/2")
+    got, _ = scene.edited(PromptToPrompt(prompts=scene.words, cross=(0, 0.8), self_=(0, 0.4), blend=blend))
+    assert (got - scene.by_paper(paper)).abs().max() < 1e-4
     assert 0 < paper.area.float().mean() < 1
-    assert (got - expected).abs().max() < 1e-4
-    assert (got - plain).abs().max() > 1e-2
+    assert (got - scene.by_paper()).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("apart", [False, True])
@@ -173,8 +152,7 @@ def test_a_longer_negative_in_the_same_call(apart):
                       for part in (slice(0, 77), slice(77, 154))]
             return probs | {"c_t": torch.cat([half["c_t"] for half in halves], -1)}
 
-    paper = Copies(REFINED, 10, 0.8, 0.4)
-    paper.tokens = 256
+    paper = Copies(REFINED, tokens=256, cross=0.8, self_until=0.4)
     twice = [[[c[0][0].repeat(1, 2, 1), {}]] for c in (words.source, words.target)]
     expected = joint_attention.joint_edit(model, path, *twice, long, 7.5, paper)
     control = PromptToPrompt(prompts=words, cross=(0, 0.8), self_=(0, 0.4))

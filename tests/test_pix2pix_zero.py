@@ -13,11 +13,11 @@ from comfyui_ledits.samplers.ledits import LeditsSampler
 from comfyui_ledits.samplers.methods.sega import Concept
 from oracles import joint_attention
 from support import editing, tiny
+from support.shapes import Scene, on_every_shape
 
 import nodes
 
 SOURCE, TARGET = "a cat sits on a sofa", "a dog sits on a sofa"
-SHAPES = [("sd1", 16, 16, 1, False), ("sdxl", 24, 24, 2, False), ("sd1", 24, 24, 2, True), ("sdxl", 16, 16, 1, True)]
 LAMBDA = 2.0  # large enough to see
 
 
@@ -50,14 +50,6 @@ class Paper(joint_attention.Editor):
         return probs
 
 
-def frozen(kind, **unet):
-    """A model whose weights are inference tensors, as core's loaders make them."""
-    with torch.inference_mode():
-        model = tiny.model(kind, **unet)
-    assert all(p.is_inference() for p in model.model.diffusion_model.parameters())
-    return model
-
-
 def rows(steps, guided, batch=1):
     """U-Net rows: two for the target; one for the source, and two for the gradient, forth and back."""
     return batch * (steps * 2 + guided * 3)
@@ -67,7 +59,7 @@ def rows(steps, guided, batch=1):
 def scene():
     """model, path of two pictures, prompts, negative"""
     path = editing.path(tiny.model(), 3, 2, 8, 8)
-    return frozen("sd1"), path, editing.prompts("sd1", SOURCE, TARGET), editing.negative("sd1")
+    return tiny.frozen("sd1"), path, editing.prompts("sd1", SOURCE, TARGET), editing.negative("sd1")
 
 
 def guide(words, **settings):
@@ -76,18 +68,13 @@ def guide(words, **settings):
 
 # --- the edit -------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("kind, height, width, batch, apart", SHAPES)
-def test_the_target_s_maps_are_drawn_to_the_source_s(kind, height, width, batch, apart):
-    model = frozen(kind)
-    path = editing.path(model, 10, batch, height, width)
-    words, empty = editing.prompts(kind, SOURCE, TARGET), editing.negative(kind)
-    expected = joint_attention.joint_edit(tiny.model(kind), path, words.source, words.target, empty, 7.5, Paper())
-    plain = joint_attention.joint_edit(tiny.model(kind), path, words.source, words.target, empty, 7.5, joint_attention.Editor())
-    model = editing.split(model) if apart else model
-    got, guider = editing.run(model, path, words.target, empty, 7.5, [guide(words)])
-    assert (got - expected).abs().max() < 1e-4
-    assert (got - plain).abs().max() > 1e-2
-    assert guider.rows == rows(10, 10, batch)
+@on_every_shape
+def test_the_target_s_maps_are_drawn_to_the_source_s(shape):
+    scene = Scene(shape, SOURCE, TARGET, make=tiny.frozen)
+    got, guider = scene.edited(guide(scene.words))
+    assert (got - scene.by_paper(Paper())).abs().max() < 1e-4
+    assert (got - scene.by_paper()).abs().max() > 1e-2
+    assert guider.rows == rows(10, 10, shape.batch)
 
 
 class Chained(Paper):
@@ -155,7 +142,7 @@ def test_it_acts_in_its_window_and_blocks_only(scene):
 @pytest.mark.parametrize("kind", ["sd1", "sd2", "sdxl"])
 def test_equal_prompts_give_the_picture_back(kind):
     """On a path that is the source's own: y_next = y + (sigma_next - sigma) * eps at every step."""
-    model, words, empty = frozen(kind), editing.prompts(kind, SOURCE, SOURCE), editing.negative(kind)
+    model, words, empty = tiny.frozen(kind), editing.prompts(kind, SOURCE, SOURCE), editing.negative(kind)
     path = editing.own_path(model, editing.path(model, 4, 1, 8, 8), words.source, empty)
     out, _ = editing.run(model, path, words.target, empty, 1.0, [guide(words)])
     assert (out - path.latents[-1]).abs().max() < 1e-4

@@ -1,11 +1,9 @@
 """Plug-and-Play against its paper's joint batch with explicit matrices."""
-import pytest
 from comfyui_ledits.attention_hooks.controls.pnp import PlugAndPlay
 from oracles import joint_attention
-from support import editing, tiny
+from support.shapes import Scene, on_every_shape
 
 SOURCE, TARGET = "a cat sits on a sofa", "a marble statue of a cat, in a dark hall"
-SHAPES = [("sd1", 16, 16, 1, False), ("sdxl", 24, 16, 2, False), ("sd1", 24, 16, 2, True), ("sdxl", 16, 16, 1, True)]
 
 
 class Paper(joint_attention.Editor):
@@ -28,17 +26,11 @@ class Paper(joint_attention.Editor):
         return super().self_attention(q, k, v, probs, layer)
 
 
-@pytest.mark.parametrize("kind, height, width, batch, apart", SHAPES)
-def test_features_and_self_attention_are_the_source_s(kind, height, width, batch, apart):
-    model = tiny.model(kind)
-    path = editing.path(model, 10, batch, height, width)
-    words, empty = editing.prompts(kind, SOURCE, TARGET), editing.negative(kind, "ugly")
-    expected = joint_attention.joint_edit(model, path, words.source, words.target, empty, 7.5, Paper(8, 5))
-    features = joint_attention.joint_edit(model, path, words.source, words.target, empty, 7.5, Paper(0, 5))
-    model = editing.split(model) if apart else model
-    control = PlugAndPlay(source=words.source, features=(0, 0.8), attention=(0, 0.5), feature_blocks="output.1.0",
-                          attention_blocks="output.1-")
-    got, guider = editing.run(model, path, words.target, empty, 7.5, [control])
-    assert (got - expected).abs().max() < 1e-4
-    assert (got - features).abs().max() > 1e-2
-    assert guider.rows == batch * (10 * 2 + 8)
+@on_every_shape
+def test_features_and_self_attention_are_the_source_s(shape):
+    scene = Scene(shape, SOURCE, TARGET, negative="ugly")
+    got, guider = scene.edited(PlugAndPlay(source=scene.words.source, features=(0, 0.8), attention=(0, 0.5),
+                                           feature_blocks="output.1.0", attention_blocks="output.1-"))
+    assert (got - scene.by_paper(Paper(features=8, attention=5))).abs().max() < 1e-4
+    assert (got - scene.by_paper(Paper(features=0, attention=5))).abs().max() > 1e-2
+    assert guider.rows == shape.batch * (10 * 2 + 8)

@@ -13,6 +13,7 @@ from comfyui_ledits.nodes.preview import PreviewAttention, RecordAttention
 from comfyui_ledits.tools.api.client import ComfyClient
 from PIL import Image
 from support import editing, tiny
+from support.graphs import node
 
 SOURCE, TARGET = "a cat sits on a sofa", "a dog sits on a sofa"
 
@@ -124,7 +125,8 @@ def test_with_sampler_custom_advanced():
         for cfg in (7.5, 1.5):
             guider = sampling.LeditsGuiderNode.execute(model=model, positive=words.target, negative=empty,
                 cfg=cfg).args[0]
-            results.append(SamplerCustomAdvanced.execute(noise, guider, sampler, sigmas, x_T).args[0])
+            results.append(SamplerCustomAdvanced.execute(noise=noise, guider=guider, sampler=sampler, sigmas=sigmas,
+                                                         latent_image=x_T).args[0])
             shown = PreviewAttention.execute(latent=results[-1], words="sofa", view="average", sampler=sampler)
             one = sampling.LeditsKSampler.execute(model=model, positive=words.target, negative=empty, inversion=path,
                 cfg=cfg, skip=0, attention=attention).args[0]
@@ -140,9 +142,6 @@ def test_with_sampler_custom_advanced():
 def test_in_a_server(server_url):
     """The right run is shown: again after a change of the edit, and not when only the words change."""
     client = ComfyClient(server_url)
-
-    def node(kind, **inputs):
-        return {"class_type": kind, "inputs": inputs}
 
     def graph(cfg, words, **more):
         return {

@@ -4,39 +4,27 @@ import functools
 import numpy as np
 import pytest
 import torch
-from comfy_extras.nodes_custom_sampler import (
-    CFGGuider,
-    KSamplerSelect,
-    RandomNoise,
-    SamplerCustomAdvanced,
-)
+from comfy_extras.nodes_custom_sampler import CFGGuider, KSamplerSelect, RandomNoise
 from comfyui_ledits.nodes.ddim_inversions import DirectInversion
 from comfyui_ledits.nodes.edit_friendly_inversion import EditFriendlyInversion
 from comfyui_ledits.nodes.proximal_guidance import ProximalGuidance
-from comfyui_ledits.nodes.sampling import LeditsKSampler
 from comfyui_ledits.nodes.sdedit import SDEditPath
 from comfyui_ledits.samplers.methods import proximal
 from oracles import diffusion
-from support import tiny
+from support import runs, tiny
+from support.runs import EMPTY, SOURCE, TARGET, model, prompts
 
 pytestmark = pytest.mark.usefixtures("inference_mode")
-model = functools.cache(tiny.model)
-SOURCE, EMPTY, TARGET = 1, 2, 3
 KINDS = ["sd1", "sd2", "sdxl", "sdxl_v"]
 close = functools.partial(torch.testing.assert_close, rtol=1e-3, atol=1e-3)
 
 
-def prompts(kind, *seeds):
-    return [tiny.conditioning(kind, seed) for seed in seeds]
+def direct(kind, latent, **inputs):
+    return runs.invert(DirectInversion, kind, latent, **inputs)[0]
 
 
-def direct(kind, latent, steps=10):
-    return DirectInversion.execute(model(kind), *prompts(kind, SOURCE, EMPTY), latent, 1.0, steps, "ddim_uniform", 0, 0.0,
-                                   "A", {"ablation": "none"})[0]
-
-
-def edit(kind, inversion, cfg=7.5, skip=0, model_=None, prompt=TARGET):
-    return LeditsKSampler.execute(model_ or model(kind), *prompts(kind, prompt, EMPTY), inversion, cfg, skip)[0]["samples"]
+def edit(kind, inversion, cfg=7.5, prompt=TARGET, **inputs):
+    return runs.edit(kind, inversion, cfg=cfg, prompt=prompt, **inputs)
 
 
 def proximal_model(kind, quantile=0.5, shape="soft", **more):
@@ -75,19 +63,19 @@ def test_the_edit_is_a_plain_loop_with_thresholded_guidance(kind, shape):
         e_u = diffusion.eps(model(kind), empty, x, t)
         e = e_u + 7.5 * threshold(diffusion.eps(model(kind), target, x, t) - e_u, 0.5, shape)
         x = diffusion.step(x, e, t, p, eta=0.0)[0]
-    edited = edit(kind, inversion, model_=proximal_model(kind, 0.5, shape))
+    edited = edit(kind, inversion, on=proximal_model(kind, 0.5, shape))
     close(edited, tiny.KINDS[kind][0].latent_format().process_out(x).float())
     assert not torch.allclose(edited, edit(kind, inversion), atol=0.01)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_goes_with_core_samplers_and_the_model_stays_as_it_was(kind):
-    pair, latent = prompts(kind, TARGET, EMPTY), tiny.latent(kind, 2)
+    (target, empty), latent = prompts(kind, TARGET, EMPTY), tiny.latent(kind, 2)
     sigmas, sampler = torch.tensor([10.0, 3.0, 1.0, 0.0]), KSamplerSelect.execute("euler")[0]
 
-    def sample(model_, cfg):
-        guider = CFGGuider.execute(model_, *pair, cfg)[0]
-        return SamplerCustomAdvanced.execute(RandomNoise.execute(1)[0], guider, sampler, sigmas, latent)[0]["samples"]
+    def sample(own, cfg):
+        guider = CFGGuider.execute(model=own, positive=target, negative=empty, cfg=cfg)[0]
+        return runs.in_parts(guider, sampler, sigmas, latent, RandomNoise.execute(1)[0])
 
     before = sample(model(kind), 7.5)
     patched = proximal_model(kind)
@@ -101,10 +89,9 @@ def test_it_goes_with_core_samplers_and_the_model_stays_as_it_was(kind):
 @pytest.mark.parametrize("kind", ["sd1", "sdxl_v"])
 def test_what_is_not_edited_is_held_to_the_source(kind, hold, eta):
     latent = tiny.latent(kind, 2)
-    inversion = direct(kind, latent) if eta is None else EditFriendlyInversion.execute(
-        model(kind), *prompts(kind, SOURCE, EMPTY), latent, 1.0, 10, "ddim_uniform", eta, 0)[0]
+    inversion = direct(kind, latent) if eta is None else runs.invert(EditFriendlyInversion, kind, latent, eta=eta)[0]
     free, held = (
-        edit(kind, inversion, model_=proximal_model(kind, 0.99, "hard", inversion=inversion, hold=h, strength=1.0,
+        edit(kind, inversion, on=proximal_model(kind, 0.99, "hard", inversion=inversion, hold=h, strength=1.0,
                                                     start=0.0, radius=0)) - latent["samples"]
         for h in ("nothing", hold)
     )
@@ -120,10 +107,10 @@ def test_holding_begins_at_start_and_dilation_frees_the_surroundings():
         assert proximal.edited(delta, torch.ones(1, 1, 1, 1), radius).sum() == count
     latent = tiny.latent()
     inversion = direct("sd1", latent)
-    late = edit("sd1", inversion, model_=proximal_model("sd1", inversion=inversion, hold="path", strength=1.0, start=1.0))
-    never = edit("sd1", inversion, model_=proximal_model("sd1"))
+    late = edit("sd1", inversion, on=proximal_model("sd1", inversion=inversion, hold="path", strength=1.0, start=1.0))
+    never = edit("sd1", inversion, on=proximal_model("sd1"))
     assert torch.equal(late, never)
-    half = edit("sd1", inversion, model_=proximal_model("sd1", inversion=inversion, hold="path", strength=0.5, start=0.5))
+    half = edit("sd1", inversion, on=proximal_model("sd1", inversion=inversion, hold="path", strength=0.5, start=0.5))
     assert not torch.allclose(half, never, atol=1e-3)
     assert (half - latent["samples"]).pow(2).mean() < (never - latent["samples"]).pow(2).mean()
 
@@ -134,10 +121,10 @@ def test_holding_without_a_source_or_to_another_is_refused():
     inversion = direct("sd1", tiny.latent())
     patched = proximal_model("sd1", inversion=direct("sd1", tiny.latent(height=16)), hold="picture", start=0.0)
     with pytest.raises(ValueError, match="connect the inversion that is edited"):
-        edit("sd1", inversion, model_=patched)
+        edit("sd1", inversion, on=patched)
     patched = proximal_model("sd1", inversion=direct("sd1", tiny.latent(), steps=7), hold="path", start=0.0)
     with pytest.raises(ValueError, match="other noise levels"):
-        edit("sd1", inversion, model_=patched)
+        edit("sd1", inversion, on=patched)
 
 
 # --- SDEdit ---------------------------------------------------------------------------------------------------------
@@ -145,13 +132,13 @@ def test_holding_without_a_source_or_to_another_is_refused():
 @pytest.mark.parametrize("skip", [0, 6])
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_edit_of_the_sdedit_path_is_image_to_image(kind, skip):
-    latent, pair = tiny.latent(kind), prompts(kind, TARGET, EMPTY)
+    latent, (target, empty) = tiny.latent(kind), prompts(kind, TARGET, EMPTY)
     inversion, x_T = SDEditPath.execute(model=model(kind), latent=latent, steps=10, scheduler="ddim_uniform",
         seed=3).result
-    guider, sampler = CFGGuider.execute(model(kind), *pair, 5.0)[0], KSamplerSelect.execute("euler")[0]
-    sigmas = inversion.sigmas[skip:]
-    expected = SamplerCustomAdvanced.execute(RandomNoise.execute(3)[0], guider, sampler, sigmas, latent)[0]["samples"]
-    close(edit(kind, inversion, 5.0, skip), expected)
+    guider = CFGGuider.execute(model=model(kind), positive=target, negative=empty, cfg=5.0)[0]
+    sampler = KSamplerSelect.execute("euler")[0]
+    expected = runs.in_parts(guider, sampler, inversion.sigmas[skip:], latent, RandomNoise.execute(3)[0])
+    close(edit(kind, inversion, cfg=5.0, skip=skip), expected)
     y_0 = tiny.KINDS[kind][0].latent_format().process_in(latent["samples"])
     noise = torch.randn(y_0.shape, generator=torch.Generator("cpu").manual_seed(3))
     for sigma, y in zip(inversion.sigmas, inversion.latents):
@@ -175,8 +162,7 @@ def test_a_picture_of_a_batch_has_its_own_noise():
 def test_eta_may_change_along_the_path(kind, start, end):
     latent, timesteps = tiny.latent(kind), diffusion.ddim_uniform(10)
     pair = prompts(kind, SOURCE, EMPTY)
-    inversion = EditFriendlyInversion.execute(
-        model(kind), *pair, latent, 3.5, 10, "ddim_uniform", start, 0, eta_end=end)[0]
+    inversion = runs.invert(EditFriendlyInversion, kind, latent, cfg=3.5, eta=start, eta_end=end)[0]
     last = start if end < 0 else end
     etas = [start + (last - start) * i / 9 for i in range(10)]
     close(inversion.etas.double(), torch.tensor(etas, dtype=torch.float64), rtol=0, atol=1e-6)
@@ -185,4 +171,4 @@ def test_eta_may_change_along_the_path(kind, start, end):
         x = inversion.latents[i].double() * diffusion.abar(t).sqrt()
         mean = diffusion.step(x, predict(x, t), t, p, etas[i])[0] / diffusion.abar(p).sqrt()
         close(inversion.residuals[i].double(), inversion.latents[i + 1].double() - mean, rtol=0, atol=2e-4)
-    close(edit(kind, inversion, 3.5, prompt=SOURCE), latent["samples"], rtol=0, atol=1e-4)
+    close(edit(kind, inversion, cfg=3.5, prompt=SOURCE), latent["samples"], rtol=0, atol=1e-4)

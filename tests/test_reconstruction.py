@@ -3,33 +3,25 @@ import functools
 
 import pytest
 import torch
-from comfy_extras.nodes_custom_sampler import DisableNoise, SamplerCustomAdvanced
 from comfyui_ledits.nodes.edit_friendly_inversion import EditFriendlyInversion
-from comfyui_ledits.nodes.sampling import LeditsGuiderNode, LeditsKSampler, LeditsSamplerNode
+from comfyui_ledits.nodes.sampling import LeditsGuiderNode, LeditsSamplerNode
 from comfyui_ledits.nodes.unpack_pack import PackInversion, UnpackInversion
 from comfyui_ledits.samplers.methods import edit_friendly
 from comfyui_ledits.samplers.methods.families import FAMILIES
 from comfyui_ledits.samplers.methods.record import Inversion
 from oracles import diffusion
-from support import tiny
+from support import runs, tiny
+from support.runs import EMPTY, SOURCE, TARGET, model, prompts
 
 pytestmark = pytest.mark.usefixtures("inference_mode")
-model = functools.cache(tiny.model)
-SOURCE, EMPTY, TARGET = 1, 2, 3
 
 
-def prompts(kind, *seeds):
-    return [tiny.conditioning(kind, seed) for seed in seeds]
+def invert(kind, latent, cfg=3.5, **inputs):
+    return runs.invert(EditFriendlyInversion, kind, latent, cfg=cfg, **inputs)
 
 
-def invert(kind, latent, cfg=3.5, steps=10, eta=1.0, seed=0, **more):
-    return EditFriendlyInversion.execute(
-        model(kind), *prompts(kind, SOURCE, EMPTY), latent, cfg, steps, "ddim_uniform", eta, seed, **more
-    )
-
-
-def edit(kind, inversion, cfg=3.5, skip=0, prompt=SOURCE, **more):
-    return LeditsKSampler.execute(model(kind), *prompts(kind, prompt, EMPTY), inversion, cfg, skip, **more)[0]["samples"]
+def edit(kind, inversion, cfg=3.5, **inputs):
+    return runs.edit(kind, inversion, cfg=cfg, **inputs)
 
 
 def error(samples, latent):
@@ -44,12 +36,12 @@ def error(samples, latent):
 @pytest.mark.parametrize("kind", ["sd1", "sd2", "sdxl", "sdxl_v"])
 def test_the_same_prompt_and_cfg_give_the_picture_back(kind, batch, cfg):
     latent = tiny.latent(kind, batch)
-    inversion, x_T = invert(kind, latent, cfg, steps=20).result
+    inversion, x_T = invert(kind, latent, cfg=cfg, steps=20).result
     assert inversion.steps == 20
-    samples = edit(kind, inversion, cfg)
+    samples = edit(kind, inversion, cfg=cfg)
     assert error(samples, latent) < 1e-4
     # and the test can tell: another prompt, another start
-    assert error(edit(kind, inversion, cfg, prompt=TARGET), latent) > 0.1
+    assert error(edit(kind, inversion, cfg=cfg, prompt=TARGET), latent) > 0.1
     assert error(x_T["samples"], latent) > 10
 
 
@@ -74,8 +66,8 @@ def test_other_sizes_than_the_square_give_the_picture_back(kind, size):
 
 @pytest.mark.parametrize("scheduler", ["normal", "karras", "exponential", "sgm_uniform", "simple", "beta"])
 def test_every_scheduler_gives_the_picture_back(scheduler):
-    latent, pair = tiny.latent(), prompts("sd1", SOURCE, EMPTY)
-    inversion = EditFriendlyInversion.execute(model("sd1"), *pair, latent, 3.5, 10, scheduler, 1.0, 0)[0]
+    latent = tiny.latent()
+    inversion = invert("sd1", latent, scheduler=scheduler)[0]
     assert error(edit("sd1", inversion), latent) < 1e-4
 
 
@@ -88,20 +80,20 @@ def test_batched_inversion_is_one_by_one_inversion(kind, batch, cfg, at_once):
     latent, results = tiny.latent(kind, batch), []
     for n in (1, at_once):
         with tiny.Calls(model(kind)) as calls:
-            output = invert(kind, latent, cfg, steps_at_once=n)
+            output = invert(kind, latent, cfg=cfg, steps_at_once=n)
         results.append((output[0], calls, output.ui["ledits"][0]["unet_rows"]))
     (one, one_calls, one_rows), (many, many_calls, many_rows) = results
     assert len(many_calls.calls) < len(one_calls.calls) == 10
     assert one_rows == one_calls.rows == many_rows == many_calls.rows == 10 * batch * (1 if cfg == 1 else 2)
     assert torch.equal(one.latents, many.latents)
     torch.testing.assert_close(many.residuals, one.residuals, rtol=0, atol=1e-4)
-    assert error(edit(kind, many, cfg), latent) < 1e-4
+    assert error(edit(kind, many, cfg=cfg), latent) < 1e-4
 
 
 @pytest.mark.parametrize(("batch", "calls"), [(1, 1), (4, 2), (20, 8)])
 def test_at_most_sixteen_pictures_share_a_call(batch, calls):
     with tiny.Calls(model("sd1")) as seen:
-        invert("sd1", tiny.latent("sd1", batch), 1.0, steps=8)
+        invert("sd1", tiny.latent("sd1", batch), cfg=1.0, steps=8)
     assert [len(levels) for levels, _ in seen.calls] == [8 * batch // calls] * calls
 
 
@@ -123,7 +115,7 @@ def test_a_picture_of_a_batch_is_inverted_as_alone_with_its_own_seed(seed):
 @pytest.mark.parametrize("kind", ["sd1", "sd2"])
 def test_path_noise_maps_and_edit_are_those_of_the_papers(kind, cfg, eta):
     latent, timesteps = tiny.latent(kind, height=6), diffusion.ddim_uniform(10)
-    inversion = invert(kind, latent, cfg, eta=eta, seed=7)[0]
+    inversion = invert(kind, latent, cfg=cfg, eta=eta, seed=7)[0]
     x_0 = latent["samples"].double() * tiny.scale(kind)
     source, empty, target = prompts(kind, SOURCE, EMPTY, TARGET)
     x, rest = diffusion.invert(
@@ -140,7 +132,7 @@ def test_path_noise_maps_and_edit_are_those_of_the_papers(kind, cfg, eta):
 
     predict = diffusion.guided(model(kind), target, empty, 5.0)
     expected = diffusion.edit(predict, x[4], rest[4:], timesteps[4:], eta) / tiny.scale(kind)
-    edited = edit(kind, inversion, 5.0, skip=4, prompt=TARGET)
+    edited = edit(kind, inversion, cfg=5.0, skip=4, prompt=TARGET)
     torch.testing.assert_close(edited, expected.float(), rtol=1e-3, atol=1e-3)
     assert error(edited, latent) > 0.1
 
@@ -170,11 +162,11 @@ def test_noise_maps_of_a_perfect_denoiser_have_the_variance_and_correlation_of_t
 @pytest.mark.parametrize(("kind", "batch", "skip"), [("sd1", 1, 0), ("sd2", 2, 3), ("sdxl", 2, 9)])
 def test_guider_and_sampler_are_the_all_in_one_node_bit_for_bit(kind, batch, skip, solver):
     inversion, x_T = invert(kind, tiny.latent(kind, batch)).result
-    guider = LeditsGuiderNode.execute(model(kind), *prompts(kind, TARGET, EMPTY), 6.0)[0]
+    target, empty = prompts(kind, TARGET, EMPTY)
+    guider = LeditsGuiderNode.execute(model=model(kind), positive=target, negative=empty, cfg=6.0)[0]
     sampler, sigmas = LeditsSamplerNode.execute(inversion=inversion, skip=skip, solver=solver).result
-    noise = DisableNoise.execute()[0]
-    samples = SamplerCustomAdvanced.execute(noise, guider, sampler, sigmas, x_T)[0]["samples"]
-    assert torch.equal(samples, edit(kind, inversion, 6.0, skip, TARGET, solver=solver))
+    samples = runs.in_parts(guider, sampler, sigmas, x_T)
+    assert torch.equal(samples, edit(kind, inversion, cfg=6.0, skip=skip, prompt=TARGET, solver=solver))
 
 
 @pytest.mark.parametrize("eta", [1.0, 0.5, 0.0])
@@ -197,7 +189,7 @@ def test_what_is_changed_between_unpack_and_pack_is_what_the_edit_uses():
     inversion = invert("sd1", latent)[0]
     path, maps, _ = UnpackInversion.execute(inversion=inversion).result
     swapped = [{"samples": part["samples"].view(-1, 2, 4, 8, 8).flip(1).flatten(0, 1)} for part in (path, maps)]
-    samples = edit("sd1", PackInversion.execute(inversion, *swapped)[0])
+    samples = edit("sd1", PackInversion.execute(inversion=inversion, path=swapped[0], noise_maps=swapped[1])[0])
     assert error(samples.flip(0), latent) < 1e-4
     assert error(edit("sd1", PackInversion.execute(inversion=inversion, noise_maps=swapped[1])[0]), latent) > 0.1
     assert error(edit("sd1", PackInversion.execute(inversion=inversion)[0]), latent) < 1e-4

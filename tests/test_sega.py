@@ -7,15 +7,14 @@ import comfy.samplers
 import pytest
 import torch
 from comfyui_ledits.nodes.edit_friendly_inversion import EditFriendlyInversion
-from comfyui_ledits.nodes.sampling import LeditsKSampler
 from comfyui_ledits.nodes.semantic_concept import SemanticConcept
 from comfyui_ledits.samplers.guider import LeditsGuider
 from comfyui_ledits.samplers.methods.sega import Concept, Sega
 from oracles import diffusion
-from support import tiny
+from support import runs, tiny
+from support.runs import model
 
 pytestmark = pytest.mark.usefixtures("inference_mode")
-model = functools.cache(tiny.model)
 
 
 def concept(**changes):
@@ -181,8 +180,7 @@ RUN, TIMESTEPS = STEPS - SKIP, diffusion.ddim_uniform(STEPS)
 @functools.cache
 def inverted(kind, batch):
     latent = tiny.latent(kind, batch)
-    inversion = EditFriendlyInversion.execute(model=model(kind), positive=SOURCE, negative=EMPTY, latent=latent,
-        cfg=3.5, steps=STEPS, scheduler="ddim_uniform", eta=1.0, seed=0)[0]
+    inversion = runs.invert(EditFriendlyInversion, kind, latent, cfg=3.5, steps=STEPS)[0]
     return latent, inversion
 
 
@@ -233,8 +231,7 @@ def test_an_edit_is_the_reference_and_evaluates_only_what_matters(kind, batch, p
     chain = tuple(ours(c, words) for c, words in concepts)
     _, inversion = inverted(kind, batch)
     with tiny.Calls(model(kind)) as calls:
-        output = LeditsKSampler.execute(model=model(kind), positive=positive, negative=negative, inversion=inversion,
-            cfg=cfg, skip=SKIP, concepts=chain)
+        output = runs.edit_node(kind, inversion, pair=(positive, negative), cfg=cfg, skip=SKIP, concepts=chain)
     shown = [0 if prompt is None else len(calls.rows_of(prompt)) for prompt in (positive, None if rows[1] == 0 else negative)]
     assert shown + [calls.rows - sum(shown)] == [batch * n for n in rows]
     assert output.ui == {"ledits": [{"steps": RUN, "unet_rows": calls.rows}]}
@@ -246,8 +243,7 @@ def test_an_edit_is_the_reference_and_evaluates_only_what_matters(kind, batch, p
 def test_concepts_guide_at_a_low_cfg(cfg):
     _, inversion = inverted("sd1", 1)
     plain, guided = (
-        LeditsKSampler.execute(model=model("sd1"), positive=TARGET, negative=EMPTY, inversion=inversion, cfg=cfg,
-            skip=SKIP, concepts=chain)[0]["samples"]
+        runs.edit("sd1", inversion, pair=(TARGET, EMPTY), cfg=cfg, skip=SKIP, concepts=chain)
         for chain in (None, (ours(concept(), RED),))
     )
     assert (plain - guided).abs().max() > 0.1

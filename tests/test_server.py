@@ -9,6 +9,7 @@ import torch
 from comfyui_ledits.nodes.extension import LeditsExtension
 from comfyui_ledits.tools.api.client import ComfyClient
 from PIL import Image
+from support.graphs import node
 
 STEPS = 40
 
@@ -46,10 +47,6 @@ class Server(ComfyClient):
 @pytest.fixture(scope="module")
 def server(server_url):
     return Server(server_url)
-
-
-def node(kind, **inputs):
-    return {"class_type": kind, "inputs": inputs}
 
 
 def base():

@@ -11,10 +11,9 @@ from comfyui_ledits.attention_hooks.controls.masactrl import MasaCtrl
 from comfyui_ledits.attention_hooks.controls.p2p import PromptToPrompt
 from comfyui_ledits.attention_hooks.controls.pnp import PlugAndPlay
 from comfyui_ledits.files import store_file
-from comfyui_ledits.samplers.capture_sampler import CaptureSampler
-from comfyui_ledits.samplers.guider import LeditsGuider
 from safetensors import safe_open
 from support import editing, mutations, tiny
+from support.mutations import change, item, word
 from support.stores import by_hand, same
 
 SOURCE, TARGET = "a cat sits on a sofa", "a dog sits on a sofa"
@@ -30,16 +29,6 @@ def controls(words):
     }
 
 
-def capture(model, path, negative, attention, **kwargs):
-    sampler = CaptureSampler(path, attention, **kwargs)
-    picture = path.latent_format.process_out(path.latents[-1])
-    with torch.inference_mode():
-        LeditsGuider(model, negative, negative, 1.0).sample(
-            torch.zeros_like(picture), picture, sampler, path.sigmas[1:], disable_pbar=True
-        )
-    return sampler.store
-
-
 def scene(kind="sd1"):
     model = tiny.model(kind)
     return model, editing.path(model, 6, 2), editing.prompts(kind, SOURCE, TARGET), editing.negative(kind)
@@ -53,7 +42,7 @@ def test_an_edit_from_a_file_is_the_same_bit_for_bit(tmp_path, kind, name):
     model, path, words, empty = scene(kind)
     attention = controls(words)[name]
     edit = (model, path, words.target, empty, 7.5, attention)
-    store = capture(model, path, empty, attention, dtype=torch.float32)
+    store, _ = editing.capture(model, path, empty, attention, start=1, dtype=torch.float32)
     kept, _ = editing.run(*edit, start=1, store=store)
     store_file.save(tmp_path / NAME, store)
     loaded, guider = editing.run(*edit, start=1, store=store_file.load(tmp_path / NAME))
@@ -62,7 +51,7 @@ def test_an_edit_from_a_file_is_the_same_bit_for_bit(tmp_path, kind, name):
     assert guider.rows == 2 * 2 * 5  # no source pass
     plain, _ = editing.run(*edit[:5], start=1)
     assert (plain - loaded).abs().max() > 1e-2
-    for half in (store_file.load(tmp_path / NAME), capture(model, path, empty, attention)):
+    for half in (store_file.load(tmp_path / NAME), editing.capture(model, path, empty, attention, start=1)[0]):
         store_file.save(tmp_path / NAME, half, half=True)
         back = store_file.load(tmp_path / NAME)
         assert back.nbytes * 2 == store.nbytes
@@ -106,7 +95,7 @@ def test_safetensors_reads_the_file_too(tmp_path):
 def test_a_store_that_was_saved_still_serves_its_own_picture_only(tmp_path):
     model, path, words, empty = scene()
     attention = controls(words)["p2plus"]
-    store_file.save(tmp_path / NAME, capture(model, path, empty, attention))
+    store_file.save(tmp_path / NAME, editing.capture(model, path, empty, attention, start=1)[0])
     store = store_file.load(tmp_path / NAME)
 
     def refused(match, path=path, words=words, empty=empty, attention=attention):
@@ -158,22 +147,8 @@ def test_everything_of_sdxl_fits_the_header(tmp_path):
 KEY = "source/attn2/middle.0.0/k/1-3,7"
 
 
-def change(raw, edit, sign=True):
-    parts = mutations.Parts(raw)
-    edit(parts)
-    return (parts.signed() if sign else parts).bytes()
-
-
-def word(key, value):
-    return lambda p: p.header["__metadata__"].__setitem__(key, value)
-
-
 def renamed(new, old=KEY):
     return lambda p: p.header.update({new: p.header.pop(old)})
-
-
-def item(name, key, value):
-    return lambda p: p.header[name].__setitem__(key, value)
 
 
 def half_of(raw):

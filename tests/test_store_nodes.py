@@ -11,6 +11,7 @@ import torch
 from comfyui_ledits.files import inversion_file, places, store_file
 from comfyui_ledits.nodes.store_files import LoadAttentionStore, SaveAttentionStore
 from comfyui_ledits.tools.api.client import ComfyClient
+from support.graphs import node
 from support.records import record, saved
 from support.stores import by_hand, same
 
@@ -101,9 +102,6 @@ def test_what_does_not_fit_is_refused_with_numbers(folders, raw, monkeypatch):
 def test_in_a_server(server_url):
     """Capture and save; the picker shows the file; the edit from it is the same, and another picture is refused."""
     client = ComfyClient(server_url)
-
-    def node(kind, **inputs):
-        return {"class_type": kind, "inputs": inputs}
 
     def graph(colour, store, **more):
         return {

@@ -9,7 +9,6 @@ from comfyui_ledits.attention_hooks.controls.pnp import PlugAndPlay
 from comfyui_ledits.attention_hooks.store import AttentionStore
 from comfyui_ledits.files import store_file
 from support import editing, tiny
-from test_attention_store import capture
 
 SOURCE, TARGET = "a cat sits on a sofa", "a dog sits on a sofa"
 BLOCK = "output.1.0"
@@ -22,7 +21,7 @@ def scene():
     path = editing.path(model, 3, 2)
     attention = [PromptToPrompt(prompts=words, cross=(0, 1), self_=(0, 0)),
                  PlugAndPlay(prompts=words, features=(0, 1), attention=(0, 1), feature_blocks=BLOCK, attention_blocks="output.1-")]
-    store, _ = capture(model, path, empty, attention, dtype=torch.float32)
+    store, _ = editing.capture(model, path, empty, attention, dtype=torch.float32)
     return lambda store: editing.run(model, path, words.target, empty, 7.5, attention, store=store)[0], model, store
 
 

@@ -7,43 +7,18 @@ import comfy.model_patcher
 import comfy.samplers
 import pytest
 import torch
-from comfyui_ledits.nodes.learned_inversions import ON_INTERRUPT, StyleDiffusionInversion
-from comfyui_ledits.nodes.sampling import LeditsKSampler
+from comfyui_ledits.nodes.learned_inversions import StyleDiffusionInversion
 from comfyui_ledits.samplers import attention_taps
 from comfyui_ledits.samplers.guider import LeditsGuider
 from comfyui_ledits.samplers.methods import style_diffusion
 from oracles import diffusion, learning
-from support import tiny
+from support import runs, tiny
+from support.runs import model, prompts
 
 pytestmark = pytest.mark.usefixtures("inference_mode")
-SOURCE, EMPTY, CFG = 1, 2, 7.5
-
-
-def model(kind="sd1"):
-    """The MODEL of a kind, with weights that are inference tensors, as core's loaders make them."""
-    return _model(kind)
-
-
-@functools.cache
-def _model(kind):
-    with torch.inference_mode():
-        return tiny.model(kind)
-
-
-def prompts(kind="sd1"):
-    return tiny.conditioning(kind, SOURCE), tiny.conditioning(kind, EMPTY)
-
-
-def invert(kind="sd1", batch=1, steps=3, first_steps=3, attention_loss=1.0, tau_v=1.0, latent=None, **more):
-    return StyleDiffusionInversion.execute(
-        model(kind), *prompts(kind), latent or tiny.latent(kind, batch), CFG, steps, "ddim_uniform", first_steps,
-        attention_loss, tau_v, 0.01, 1e-5, ON_INTERRUPT[0], **more,
-    )
-
-
-def edit(inversion, kind="sd1", positive=None):
-    return LeditsKSampler.execute(model=model(kind), positive=positive or prompts(kind)[0],
-        negative=prompts(kind)[1], inversion=inversion, cfg=CFG, skip=0)[0]["samples"]
+CFG = 7.5
+invert = functools.partial(runs.invert, StyleDiffusionInversion, cfg=CFG, steps=3)
+edit = functools.partial(runs.edit, "sd1", cfg=CFG)
 
 
 # --- what is learned ------------------------------------------------------------------------------------------------
@@ -58,7 +33,7 @@ def coarse(network, x, words, vector):
 
 @pytest.mark.parametrize("kind, batch, attention", [("sd1", 2, 1.0), ("sd2", 1, 0.0), ("sdxl", 1, 1.0)])
 def test_it_learns_what_the_papers_loop_learns(kind, batch, attention):
-    inversion = invert(kind, batch, attention_loss=attention)[0]
+    inversion = invert(kind, batch=batch, attention_loss=attention)[0]
     learned = inversion.overrides["value"].double()
     assert learned.shape == (3, batch, 2, 77, tiny.CONTEXT)
     latent = tiny.latent(kind, batch)["samples"]
@@ -174,7 +149,7 @@ def test_longer_prompts_get_the_values_in_every_part():
         assert torch.allclose(out[:, part], words[:, part] * value[:, 0] + value[:, 1])
     with pytest.raises(ValueError, match="77 tokens"):
         style_diffusion.modulate(words[:, :100], value)
-    assert edit(invert()[0], positive=tiny.conditioning(tokens=154)).isfinite().all()
+    assert edit(invert()[0], pair=(tiny.conditioning(tokens=154), prompts()[1])).isfinite().all()
 
 
 # --- the mapping network --------------------------------------------------------------------------------------------
@@ -230,8 +205,7 @@ def test_patches_of_others_still_run_and_nothing_is_left():
             lambda q, k, v, options: (calls.append("replaced"), torch.zeros_like(q) + v.mean(1, True))[1], *block
         )
     before = repr(patched.model_options)
-    StyleDiffusionInversion.execute(patched, *prompts(), tiny.latent(), CFG, 2, "ddim_uniform", 1, 1.0, 1.0, 0.01, 1e-5,
-                                    ON_INTERRUPT[0])
+    invert(on=patched, steps=2, first_steps=1)
     assert "replaced" in calls and len(calls) > 2 and repr(patched.model_options) == before
     left = [n for n, m in plain.model.named_modules() if getattr(m, "weight_function", None) or "forward" in vars(m)]
     assert not left

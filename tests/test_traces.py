@@ -4,9 +4,9 @@ import comfy.utils
 import pytest
 import torch
 from comfyui_ledits.nodes.edit_friendly_inversion import EditFriendlyInversion
-from comfyui_ledits.nodes.sampling import LeditsGuiderNode, LeditsKSampler, LeditsSamplerNode
+from comfyui_ledits.nodes.sampling import LeditsGuiderNode, LeditsSamplerNode
 from comfyui_ledits.samplers.methods.sega import Concept
-from support import tiny
+from support import runs, tiny
 
 import nodes
 
@@ -18,13 +18,12 @@ INTERRUPTED = comfy.model_management.InterruptProcessingException
 
 
 def invert(model, **more):
-    return EditFriendlyInversion.execute(model=model, positive=SOURCE, negative=EMPTY, latent=LATENT, cfg=3.5,
-        steps=5, scheduler="ddim_uniform", eta=1.0, seed=0, **more)[0]
+    return runs.invert(EditFriendlyInversion, latent=LATENT, pair=(SOURCE, EMPTY), on=model, cfg=3.5, steps=5,
+                       **more)[0]
 
 
 def edit(model, inversion, concepts=CONCEPTS, mask=None):
-    return LeditsKSampler.execute(model=model, positive=TARGET, negative=EMPTY, inversion=inversion, cfg=4.0, skip=1,
-        concepts=concepts, mask=mask)[0]["samples"]
+    return runs.edit("sd1", inversion, pair=(TARGET, EMPTY), on=model, cfg=4.0, skip=1, concepts=concepts, mask=mask)
 
 
 def plain(model):

@@ -1,5 +1,6 @@
 """MasaCtrl: mutual self-attention (arXiv 2304.08465)."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,8 +120,8 @@ class MasaCtrlRun(Bound):
             seen = [x for x in self._maps.values() if x[0] < layer.order] if self._step == step else []
             if not seen:
                 return None
-            finest = max((own for _, own, _ in seen), key=lambda own: own[0] * own[1])
-            maps = torch.stack([F.interpolate(m.unflatten(-1, own), finest) for _, own, m in seen]).mean(0)
+            finest = max((at for _, at, _ in seen), key=math.prod)
+            maps = torch.stack([F.interpolate(m.unflatten(-1, at), finest) for _, at, m in seen]).mean(0)
             least, top = maps.amin((-2, -1), keepdim=True), maps.amax((-2, -1), keepdim=True)
             maps = (maps - least) / (top - least).clamp(min=1e-12)
             return [m.flatten(1) >= self.control.threshold for m in F.interpolate(maps, grid)]

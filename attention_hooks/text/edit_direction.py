@@ -42,14 +42,14 @@ def _mean(clip, texts, done):
     for text in texts:
         comfy.model_management.throw_exception_if_processing_interrupted()
         words, more = clip.encode_from_tokens_scheduled(clip.tokenize(text))[0]
-        words, own = words.float().cpu(), more.get("pooled_output")
-        own = None if own is None else own.float().cpu()
+        words, pooled_here = words.float().cpu(), more.get("pooled_output")
+        pooled_here = None if pooled_here is None else pooled_here.float().cpu()
         if total is None:
-            total, pooled = words, own
+            total, pooled = words, pooled_here
         else:
             tokens = min(total.shape[1], words.shape[1])
             total = total[:, :tokens] + words[:, :tokens]
-            pooled = None if own is None or pooled is None else pooled + own
+            pooled = None if pooled_here is None or pooled is None else pooled + pooled_here
         done()
     return total / len(texts), None if pooled is None else pooled / len(texts)
 
@@ -68,8 +68,8 @@ def add_direction(conditioning, direction, pooled, strength=1.0):
     """
     moved = []
     for words, more in conditioning:
-        own = more.get("pooled_output")
-        alike = own is None or pooled is None or own.shape[-1] == pooled.shape[-1]
+        pooled_before = more.get("pooled_output")
+        alike = pooled_before is None or pooled is None or pooled_before.shape[-1] == pooled.shape[-1]
         if words.shape[-1] != direction.shape[-1] or not alike:
             raise ValueError(
                 f"The conditioning is another text encoder's: its vectors have {words.shape[-1]} numbers, this CLIP's "
@@ -78,7 +78,7 @@ def add_direction(conditioning, direction, pooled, strength=1.0):
         tokens = min(words.shape[1], direction.shape[1])
         step = strength * direction[:, :tokens].to(words)
         words = torch.cat([words[:, :tokens] + step, words[:, tokens:]], 1)
-        if own is not None and pooled is not None:
-            more = {**more, "pooled_output": own + strength * pooled.to(own)}
+        if pooled_before is not None and pooled is not None:
+            more = {**more, "pooled_output": pooled_before + strength * pooled.to(pooled_before)}
         moved.append([words, dict(more)])
     return moved

@@ -4,6 +4,7 @@ A DDIM step is an Euler step in variance-exploding space, up as well as down: `y
 Its exact inverse wants eps at y_t, which is not known yet; see `invert` for what is taken instead.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,19 +17,19 @@ CONVENTIONS = ("A", "B")
 
 @dataclass(frozen=True)
 class Scaling:
-    """Preconditioning at one noise level (arXiv 2206.00364, eq. 7): `D = c_skip * y + c_out * F(c_in * y)`, F the network."""
+    """Preconditioning of a network F at a noise level: `D = c_skip * y + c_out * F(c_in * y)` (arXiv 2206.00364, eq. 7)."""
 
     c_in: float
     c_skip: float
     c_out: float
 
 
-def eps_scaling(sigma):
+def eps_scaling(sigma: float) -> Scaling:
     """`Scaling` of a network that predicts eps."""
     return Scaling((sigma**2 + 1) ** -0.5, 1.0, -sigma)
 
 
-def eps_below(y, sigma, at, denoise, scaling, i):
+def eps_below(y: torch.Tensor, sigma: float, at: float, denoise: Callable, scaling: Callable, i: int) -> torch.Tensor:
     """eps of a latent at level `sigma`, predicted by the network at another level `at`.
 
     The network sees the variance-preserving latent of `sigma` and the timestep of `at`; its answer is read at `sigma`
@@ -48,8 +49,9 @@ def eps_below(y, sigma, at, denoise, scaling, i):
     return (1 - here.c_skip) / level * y - here.c_out / level * output
 
 
-def invert(y0: torch.Tensor, sigmas: torch.Tensor, denoise, *, family: Family, scaling, convention="A", refinements=0,
-           tolerance=0.0, lowest=0.0, regularise=None):
+def invert(y0: torch.Tensor, sigmas: torch.Tensor, denoise: Callable, *, family: Family, scaling: Callable,
+           convention="A", refinements=0, tolerance=0.0, lowest=0.0,
+           regularise: Callable | None = None) -> torch.Tensor:
     """The path that DDIM sampling would take to a picture.
 
     From level s to the next higher t it takes eps of the latent at s with the network's timestep
@@ -85,7 +87,7 @@ def invert(y0: torch.Tensor, sigmas: torch.Tensor, denoise, *, family: Family, s
         for _ in range(refinements):
             eps = family.noise(guess, denoise(guess, y.new_full((len(y),), high), i), high)
             better = y + (high - low) * regularise(eps, i)
-            change = (better - guess).flatten(1).pow(2).mean(1).sqrt() / (high**2 + 1) ** 0.5
+            change = (better - guess).flatten(1).pow(2).mean(1).sqrt() / family.power(high) ** 0.5
             guess = torch.where(append_dims(moving, y.ndim), better, guess)
             moving = moving & (change >= tolerance)
             if tolerance > 0 and not moving.any():
@@ -94,7 +96,8 @@ def invert(y0: torch.Tensor, sigmas: torch.Tensor, denoise, *, family: Family, s
     return torch.stack(path[::-1])
 
 
-def simulate(path: torch.Tensor, sigmas: torch.Tensor, denoise, scale=0.0, every=1, *, family: Family):
+def simulate(path: torch.Tensor, sigmas: torch.Tensor, denoise: Callable, scale=0.0, every=1, *,
+             family: Family) -> torch.Tensor:
     """A source branch that is sampled from the path's noisiest latent and, now and then, drawn back to the path.
 
     After every step i with `i % every == 0` the branch moves by `scale` of what it lacks of the path. 0 is plain DDIM
@@ -118,7 +121,7 @@ def simulate(path: torch.Tensor, sigmas: torch.Tensor, denoise, scale=0.0, every
     return torch.stack(branch)
 
 
-def one_noise_path(y0: torch.Tensor, sigmas: torch.Tensor, noise: torch.Tensor, *, family: Family):
+def one_noise_path(y0: torch.Tensor, sigmas: torch.Tensor, noise: torch.Tensor, *, family: Family) -> torch.Tensor:
     """The path of SDEdit (arXiv 2108.01073): the picture with the same noise at every level.
 
     Args:

@@ -1,12 +1,15 @@
 """Edit-friendly DDPM inversion (arXiv 2304.06140), the inversion of LEDITS (arXiv 2307.00522)."""
 
+from collections.abc import Callable
+
 import torch
+from einops import rearrange, repeat
 
 from .families import Family
 from .shapes import append_dims
 
 
-def draw_noise(shape, levels, seed):
+def draw_noise(shape, levels: int, seed: int) -> torch.Tensor:
     """Independent standard normal noise for every level, float32 [levels, B, C, H, W].
 
     A seed means the same for ever: picture b of a batch has its own CPU generator with seed `seed + b`, and draws one
@@ -20,7 +23,7 @@ def draw_noise(shape, levels, seed):
     return torch.stack(pictures, dim=1).flip(0)
 
 
-def noisy_path(y0: torch.Tensor, sigmas: torch.Tensor, noise: torch.Tensor, *, family: Family):
+def noisy_path(y0: torch.Tensor, sigmas: torch.Tensor, noise: torch.Tensor, *, family: Family) -> torch.Tensor:
     """Latents y_i of y0 and independent noises n_i (arXiv 2304.06140, eq. 6); the last is y0 itself.
 
     Args:
@@ -35,7 +38,8 @@ def noisy_path(y0: torch.Tensor, sigmas: torch.Tensor, noise: torch.Tensor, *, f
     return torch.cat([family.noisy(y0, levels, noise), y0[None]])
 
 
-def residuals(latents: torch.Tensor, sigmas: torch.Tensor, etas: torch.Tensor, denoise, chunk=1, *, family: Family):
+def residuals(latents: torch.Tensor, sigmas: torch.Tensor, etas: torch.Tensor, denoise: Callable, chunk=1, *,
+              family: Family) -> torch.Tensor:
     """Residuals R_i = y_{i+1} - keep * y_i - take * D_i of a path (arXiv 2304.06140, eq. 5, before its division).
 
     The paper divides R by sigma_up to get noise maps z and drops the last; R itself needs no division, keeps the last
@@ -57,7 +61,9 @@ def residuals(latents: torch.Tensor, sigmas: torch.Tensor, etas: torch.Tensor, d
     levels = sigmas.tolist()  # read from the device once, not at every step
     for i in range(0, len(out), chunk):
         y = latents[i : min(i + chunk, len(out))]
-        d = denoise(y.flatten(0, 1), sigmas[i : i + len(y)].repeat_interleave(batch), i).view_as(y)
+        sigma = repeat(sigmas[i : i + len(y)], "n -> (n b)", b=batch)
+        d = denoise(rearrange(y, "n b ... -> (n b) ..."), sigma, i)
+        d = rearrange(d, "(n b) ... -> n b ...", b=batch)
         for j in range(len(y)):
             c = family.step(levels[i + j], levels[i + j + 1], float(etas[i + j]))
             out[i + j] = latents[i + j + 1] - c.keep * y[j] - c.take * d[j]

@@ -38,7 +38,7 @@ class Family(Protocol):
         """The noise in a latent at level `sigma` > 0: undoes `noisy`; with D for `x0` it is eps."""
 
     def log_snr_gain(self, sigma: float, sigma_next: float) -> torch.Tensor:
-        """By how much `ln(signal / noise)` rises from a level to the next, both > 0: the step of second-order solvers."""
+        """By how much `ln(signal / noise)` rises from a level to the next, both > 0: a second-order solver's step."""
 
     def power(self, sigma):
         """Mean square of a latent at level `sigma` whose clean latent is of unit variance."""
@@ -87,7 +87,7 @@ class VarianceExploding:
         return 1 + sigma**2
 
     def noise_map_variance(self, sigma, sigma_next, eta):
-        """`(sigma_next^2 + keep^2 * sigma^2) / sigma_up^2`, at eta 1 `(1 + r^2) / (1 - r^2)` (arXiv 2304.06140, section 3)."""
+        """`(sigma_next^2 + keep^2 * sigma^2) / sigma_up^2`; at eta 1 `(1 + r^2) / (1 - r^2)` (arXiv 2304.06140, 3)."""
         sigma, sigma_next, step = float(sigma), float(sigma_next), self.step(sigma, sigma_next, eta)
         return (sigma_next**2 + step.keep**2 * sigma**2) / step.up**2
 
@@ -96,7 +96,8 @@ class VarianceExploding:
 FAMILIES: dict[str, Family] = {family.name: family for family in (VarianceExploding(),)}
 
 
-def second_order(denoised, previous, sigma_before, sigma, sigma_next, *, family: Family):
+def second_order(denoised: torch.Tensor, previous: torch.Tensor | None, sigma_before, sigma, sigma_next, *,
+                 family: Family) -> torch.Tensor:
     """Second-order extrapolation of D for SDE-DPM-Solver++(2M) (arXiv 2211.01095; LEDITS++, arXiv 2311.16711, eq. 3).
 
         D~ = D + h / (2 * h_before) * (D - D_before),   h = gain of ln(signal / noise)

@@ -1,6 +1,6 @@
 """Inversions that learn: along a path, a few steps of Adam on the embeddings of every noise level."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -10,7 +10,7 @@ from .families import Family
 _LOSS_SCALE = 2.0**14
 
 
-def learning_rate(i, rate=1e-2):
+def learning_rate(i: int, rate=1e-2) -> float:
     """Learning rate of step i of the path, `rate * (1 - i / 100)` (code of arXiv 2211.09794), a tenth at the least.
 
     The papers run 30 or 50 steps; without its floor, the formula ends at 0 and below from 100 steps on.
@@ -18,18 +18,18 @@ def learning_rate(i, rate=1e-2):
     return rate * max(1 - i / 100, 0.1)
 
 
-def loss_to_leave_at(i, first=1e-5, rise=2e-5):
+def loss_to_leave_at(i: int, first=1e-5, rise=2e-5) -> float:
     """Loss below which step i of the path is left, `1e-5 + i * 2e-5` (code of arXiv 2211.09794)."""
     return first + i * rise
 
 
-def mse_vp(y: torch.Tensor, target: torch.Tensor, sigma, family: Family):
-    """Mean squared error of each picture in variance-preserving units (the space of Stable Diffusion's latents), [B]."""
+def mse_vp(y: torch.Tensor, target: torch.Tensor, sigma, family: Family) -> torch.Tensor:
+    """Mean squared error of each picture in variance-preserving units (Stable Diffusion's own space), [B]."""
     return (y - target).square().flatten(1).mean(1) / family.power(float(sigma))
 
 
 def learn_path(latents: torch.Tensor, sigmas: torch.Tensor, *, family: Family, parameters: list, value: Callable,
-               predictions: Callable, steps: Callable, rate: float, enough: float):
+               predictions: Callable, steps: Callable, rate: float, enough: float) -> Iterator:
     """Learn a value for every step of a path, one step at each `next`.
 
     Step i starts from the value of the step before it and lowers, by Adam,
@@ -69,7 +69,7 @@ def learn_path(latents: torch.Tensor, sigmas: torch.Tensor, *, family: Family, p
         yield learned, loss, d, y
 
 
-def fit(parameters, losses, rate, steps, enough):
+def fit(parameters: list, losses: Callable, rate: float, steps: int, enough: float) -> torch.Tensor:
     """Lower a loss by Adam, each picture of a batch on its own.
 
     A picture whose loss is below `enough` takes that step and then rests; the loop ends when all do (the order of the
@@ -102,7 +102,7 @@ def fit(parameters, losses, rate, steps, enough):
     return last
 
 
-def _differentiate(parameters, losses):
+def _differentiate(parameters: list, losses: Callable) -> torch.Tensor:
     """Fill the gradients of all parameters; returns the losses [B] on the CPU."""
     leaves = [p for of_picture in parameters for p in of_picture]
 
@@ -111,8 +111,8 @@ def _differentiate(parameters, losses):
             loss = losses()
             if not torch.isfinite(loss).all():
                 raise ValueError(
-                    "The model's prediction is NaN or infinite, so nothing can be learned from it. A float16 model that "
-                    "overflows is the usual cause: start ComfyUI with --force-fp32 or --bf16-unet."
+                    "The model's prediction is NaN or infinite, so nothing can be learned from it. A float16 model "
+                    "that overflows is the usual cause: start ComfyUI with --force-fp32 or --bf16-unet."
                 )
             return loss, torch.autograd.grad(loss.sum() * scale, leaves)
 
@@ -127,7 +127,8 @@ def scaled_gradient(evaluate: Callable, scale: float):
 
     Args:
         evaluate: `scale -> (result, gradients)` of the loss times `scale`, evaluated anew at every call.
-        scale: to begin with, a power of two (which changes nothing in float32); where it overflows, smaller ones are tried.
+        scale: to begin with, a power of two (which changes nothing in float32); where it overflows, smaller ones
+            are tried.
 
     Returns:
         the result, and the gradients of the loss itself.
@@ -141,7 +142,7 @@ def scaled_gradient(evaluate: Callable, scale: float):
             return result, [g / scale for g in gradients]
         if scale <= 1:
             raise ValueError(
-                "The gradient through the model is NaN or infinite. A float16 model that overflows is the usual cause: start "
-                "ComfyUI with --force-fp32 or --bf16-unet."
+                "The gradient through the model is NaN or infinite. A float16 model that overflows is the usual cause: "
+                "start ComfyUI with --force-fp32 or --bf16-unet."
             )
         scale = max(scale / 2**7, 1.0)

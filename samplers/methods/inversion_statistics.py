@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .record import Inversion
+
 
 @dataclass(frozen=True, kw_only=True)
 class Noise:
@@ -31,7 +33,7 @@ class Noise:
         return (self.numbers * self.expected).sqrt()
 
 
-def noise(inversion):
+def noise(inversion: Inversion) -> Noise:
     """Noise statistics, see `Noise`.
 
     Theory for noise maps: in edit-friendly inversion the noises of neighbouring levels are independent, so that, with
@@ -64,7 +66,7 @@ def noise(inversion):
     )
 
 
-def replay_errors(inversion):
+def replay_errors(inversion: Inversion) -> torch.Tensor:
     """Distance of a replay from the path after each step, [N, B]: RMS of the difference / RMS of the picture.
 
     The replay is the sampler's own float32 arithmetic from `latents[0]` with the predictions that the record implies,
@@ -82,7 +84,7 @@ def replay_errors(inversion):
     return errors
 
 
-def predictions(inversion, i):
+def predictions(inversion: Inversion, i: int) -> torch.Tensor:
     """The clean latent that step i heads for, [B, C, H, W]: D_i, or the same solved from a path without noise maps."""
     d = inversion.denoised(i)
     if d is not None:
@@ -91,6 +93,6 @@ def predictions(inversion, i):
     return (inversion.latents[i + 1] - c.keep * inversion.latents[i]) / c.take
 
 
-def rms(values):
+def rms(values: torch.Tensor) -> torch.Tensor:
     """Root mean square of every picture, float64 [B]."""
     return values.double().square().flatten(1).mean(1).sqrt()

@@ -4,8 +4,10 @@ from dataclasses import replace
 
 import torch
 
+from .record import Inversion
 
-def with_source_as_negative(inversion, positive, negative, share=0.0):
+
+def with_source_as_negative(inversion: Inversion, positive, negative, share=0.0) -> Inversion:
     """The record, prescribing that an edit's negative is the source prompt: guidance then has nothing to push away from
     the picture but what the target prompt changes, and the source prompt itself gives the path back at any cfg.
 
@@ -36,13 +38,13 @@ def _between(source, negative, share):
         return negative if share else source
     if source.shape[1:] != negative.shape[1:]:
         raise ValueError(
-            f"The source prompt is {source.shape[1]} tokens and the negative {negative.shape[1]}: they cannot be mixed. "
-            "Set interpolation to 0, or make both prompts of the same length."
+            f"The source prompt is {source.shape[1]} tokens and the negative {negative.shape[1]}: they cannot be "
+            "mixed. Set interpolation to 0, or make both prompts of the same length."
         )
     return interpolate(*torch.broadcast_tensors(source, negative), share)
 
 
-def interpolate(low, high, share):
+def interpolate(low: torch.Tensor, high: torch.Tensor, share: float) -> torch.Tensor:
     """Spherical interpolation between two embeddings, each taken as one vector: `low` at 0, `high` at 1.
 
     Args:

@@ -1,4 +1,6 @@
-"""Null-text inversion (arXiv 2211.09794): learn what the negative's cross-attention must see for the path to be kept."""
+"""Null-text inversion (arXiv 2211.09794): learn what the negative's cross-attention must see to keep the path."""
+
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -6,8 +8,8 @@ from .families import Family
 from .fit import learn_path
 
 
-def learn(latents: torch.Tensor, sigmas: torch.Tensor, predict, null: torch.Tensor, *, family: Family, inner_steps=10,
-          rate=1e-2, enough=1e-5):
+def learn(latents: torch.Tensor, sigmas: torch.Tensor, predict: Callable, null: torch.Tensor, *, family: Family,
+          inner_steps=10, rate=1e-2, enough=1e-5) -> Iterator:
     """Learn the unconditional embedding of every step (arXiv 2211.09794, algorithm 1), see `fit.learn_path`.
 
         D = guidance(D(source prompt), D(embedding))

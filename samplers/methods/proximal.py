@@ -7,13 +7,14 @@ same for differences of D and of eps.
 import torch
 import torch.nn.functional as F
 
+from .record import Inversion
 from .shapes import append_dims
 
 KINDS = ("soft", "hard")
 HOLDS = ("nothing", "picture", "path")
 
 
-def shrink(delta, quantile, kind="soft"):
+def shrink(delta: torch.Tensor, quantile: float, kind="soft"):
     """Guidance without its weak parts, and the threshold, for each picture its own.
 
     Args:
@@ -32,7 +33,7 @@ def shrink(delta, quantile, kind="soft"):
     return torch.where(size > threshold, delta, torch.zeros_like(delta)), threshold
 
 
-def edited(delta, threshold, radius):
+def edited(delta: torch.Tensor, threshold: torch.Tensor, radius: int) -> torch.Tensor:
     """1 where thresholded guidance still exceeds its threshold or is within `radius` of such a place, else 0."""
     mask = (delta.abs() > threshold).to(delta.dtype)
     return F.max_pool2d(mask, 2 * radius + 1, stride=1, padding=radius) if radius else mask
@@ -54,7 +55,8 @@ class Proximal:
         radius: of the dilation of the edit, in latent pixels.
     """
 
-    def __init__(self, quantile, kind="soft", hold="nothing", inversion=None, strength=0.1, start=0.0, radius=1):
+    def __init__(self, quantile, kind="soft", hold="nothing", inversion: Inversion | None = None, strength=0.1,
+                 start=0.0, radius=1):
         if hold != "nothing" and inversion is None:
             raise ValueError(f"To hold to the {hold}, the inversion is needed: connect it, or set hold to 'nothing'.")
         self.quantile, self.kind, self.hold, self.inversion = quantile, kind, hold, inversion
@@ -72,7 +74,7 @@ class Proximal:
             negative = negative + self.strength * (1 - edited(delta, threshold, self.radius)) * (goal - d)
         return [negative + delta, negative, *others]
 
-    def _goal(self, y, sigma):
+    def _goal(self, y: torch.Tensor, sigma: float):
         """The D that holds the source, [B, C, H, W]."""
         path = self.inversion
         if path.latents.shape[2:] != y.shape[1:] or path.batch not in (1, len(y)):

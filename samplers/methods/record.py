@@ -62,12 +62,12 @@ class Inversion:
             raise ValueError(f"Unknown model family '{self.family}': this version knows {', '.join(FAMILIES)}.")
 
     @property
-    def steps(self):
+    def steps(self) -> int:
         """Number of steps N."""
         return len(self.sigmas) - 1
 
     @property
-    def batch(self):
+    def batch(self) -> int:
         """Number of pictures B."""
         return self.latents.shape[1]
 
@@ -80,11 +80,11 @@ class Inversion:
         """Coefficients of step i (from `sigmas[i]` to `sigmas[i + 1]`)."""
         return self.kind.step(self.sigmas[i], self.sigmas[i + 1], float(self.etas[i]))
 
-    def residual(self, i):
+    def residual(self, i: int) -> torch.Tensor:
         """Residual of step i [B, C, H, W]; zeros where the method has none."""
         return torch.zeros_like(self.latents[0]) if self.residuals is None else self.residuals[i]
 
-    def denoised(self, i):
+    def denoised(self, i: int) -> torch.Tensor | None:
         """The source prediction D_i [B, C, H, W] that the residual of step i was made from.
 
         Solved from the definition of the residual, so it need not be stored; None where the method has no residuals.
@@ -94,7 +94,7 @@ class Inversion:
         step = self.step(i)
         return (self.latents[i + 1] - self.residuals[i] - step.keep * self.latents[i]) / step.take
 
-    def noise_maps(self):
+    def noise_maps(self) -> torch.Tensor:
         """The noise maps z = residual / sigma_up, float32 [N, B, C, H, W].
 
         Where sigma_up is 0 (the last step, and every step at eta 0) no z exists, and the map is the residual itself.
@@ -103,7 +103,8 @@ class Inversion:
             raise ValueError(f"'{self.method}' has no noise maps: only edit-friendly inversions do.")
         return self.residuals / self._up()
 
-    def with_parts(self, latents, noise_maps=None, sigmas=None):
+    def with_parts(self, latents: torch.Tensor, noise_maps: torch.Tensor | None = None,
+                   sigmas: torch.Tensor | None = None) -> "Inversion":
         """The same record with another path, noise maps (undoes `noise_maps`) or noise levels.
 
         Args:
@@ -118,7 +119,7 @@ class Inversion:
         up = torch.tensor([self.step(i).up or 1.0 for i in range(self.steps)], dtype=torch.float32)
         return append_dims(up, self.latents.ndim)
 
-    def start_of(self, sigmas):
+    def start_of(self, sigmas: torch.Tensor) -> int:
         """The step at which a run over `sigmas` starts.
 
         Raises:
@@ -127,8 +128,8 @@ class Inversion:
         sigmas = sigmas.detach().float().cpu()
         if len(sigmas) >= 2:
             start = int((self.sigmas - sigmas[0]).abs().argmin())
-            own = self.sigmas[start : start + len(sigmas)]
-            if own.shape == sigmas.shape and torch.allclose(own, sigmas, rtol=1e-4, atol=1e-6):
+            part = self.sigmas[start : start + len(sigmas)]
+            if part.shape == sigmas.shape and torch.allclose(part, sigmas, rtol=1e-4, atol=1e-6):
                 return start
         raise ValueError(
             "These SIGMAS are not the inversion's own, or a consecutive part of them: a path can only be replayed on "
@@ -137,11 +138,11 @@ class Inversion:
         )
 
 
-def _describe(sigmas):
+def _describe(sigmas: torch.Tensor) -> str:
     return f"{max(len(sigmas) - 1, 0)} steps" + (f" from {sigmas[0]:.4g} to {sigmas[-1]:.4g}" if len(sigmas) else "")
 
 
-def check_sigmas(sigmas):
+def check_sigmas(sigmas: torch.Tensor):
     """Refuse noise levels that no path can run on.
 
     Raises:
@@ -158,7 +159,7 @@ def check_sigmas(sigmas):
         )
 
 
-def check_latent(latents, latent_format=None):
+def check_latent(latents: torch.Tensor, latent_format=None):
     """Refuse a latent that holds NaN or infinite numbers, or none at all, or is of another kind than the model's.
 
     Args:
@@ -170,11 +171,11 @@ def check_latent(latents, latent_format=None):
     """
     if latents.numel() == 0:
         raise ValueError("The LATENT is empty.")
-    own = None if latent_format is None else (latent_format.latent_channels, latent_format.latent_dimensions)
-    if own is not None and (latents.shape[1], latents.ndim - 2) != own:
+    wanted = None if latent_format is None else (latent_format.latent_channels, latent_format.latent_dimensions)
+    if wanted is not None and (latents.shape[1], latents.ndim - 2) != wanted:
         raise ValueError(
-            f"The LATENT has shape {list(latents.shape)}; this model works on {own[0]} channels of {own[1]} dimensions. "
-            "Encode the picture with the VAE that belongs to the model."
+            f"The LATENT has shape {list(latents.shape)}; this model works on {wanted[0]} channels of {wanted[1]} "
+            "dimensions. Encode the picture with the VAE that belongs to the model."
         )
     if not torch.isfinite(latents).all():
         raise ValueError(

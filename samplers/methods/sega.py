@@ -48,7 +48,7 @@ class Concept:
         return step >= self.warmup or (self.momentum_scale != 0 and self.momentum_beta != 1)
 
 
-def guidance(eps_concept, eps_uncond, concept):
+def guidance(eps_concept: torch.Tensor, eps_uncond: torch.Tensor, concept: Concept) -> torch.Tensor:
     """Thresholded guidance psi of one concept (arXiv 2301.12247, eq. 4 to 6), [B, C, H, W].
 
     The quantile is taken for each picture and channel over all positions; scaling comes before it, ties are kept.
@@ -97,5 +97,6 @@ class Sega:
         warm = [i for i, c in enumerate(self.concepts) if step >= c.warmup]
         if len(warm) < len(self.concepts):  # some still warm up: weighted mean of the others, no momentum
             weight = sum(self.concepts[i].weight for i in warm if not self.concepts[i].cooled(step))
-            total = sum(self.concepts[i].weight / weight * pushes[i] for i in warm if i in pushes) if weight > 0 else None
+            shares = (self.concepts[i].weight / weight * pushes[i] for i in warm if i in pushes)
+            total = sum(shares) if weight > 0 else None
         return total if isinstance(total, torch.Tensor) else None

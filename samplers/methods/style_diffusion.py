@@ -5,14 +5,16 @@ What is learned for a step is a scale and a shift of the prompt's embedding c, t
 """
 
 import math
+from collections.abc import Callable, Iterator
 
 import torch
+from einops import repeat
 
 from .families import Family
 from .fit import learn_path
 
 
-def modulate(context, value):
+def modulate(context: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """`c * scale + shift` for every token.
 
     Args:
@@ -26,7 +28,8 @@ def modulate(context, value):
             f"The inversion learned {tokens} tokens of width {value.shape[3]}; this prompt has {context.shape[1]} of "
             f"width {context.shape[2]}. Invert again with a prompt of about the same length."
         )
-    scale, shift = value.to(context).repeat(1, 1, context.shape[1] // tokens, 1).unbind(1)
+    chunks = context.shape[1] // tokens
+    scale, shift = repeat(value.to(context), "b two tokens width -> two b (chunks tokens) width", chunks=chunks)
     return context * scale + shift
 
 
@@ -40,7 +43,7 @@ class Direct:
         self.parameters = [[leaf(1.0), leaf(0.0)] for _ in range(pictures)]
 
     def __call__(self):
-        return torch.cat([torch.stack(own, 1) for own in self.parameters])
+        return torch.cat([torch.stack(leaves, 1) for leaves in self.parameters])
 
 
 class Mapping:
@@ -69,12 +72,13 @@ class Mapping:
             return torch.empty(shape).uniform_(-bound, bound, generator=generator)
 
         t, f, c = features.shape[1], features.shape[2], 2 * tokens
-        start = [uniform(c, t), torch.zeros(c, 1), uniform(c, c), torch.zeros(c, 1), torch.ones(c, 1), torch.zeros(c, 1)]
-        start += [torch.zeros(c, c), torch.zeros(c, 1)] + ([] if self.same_width else [uniform(width, f)])
+        start = [uniform(c, t), torch.zeros(c, 1), uniform(c, c), torch.zeros(c, 1)]
+        start += [torch.ones(c, 1), torch.zeros(c, 1), torch.zeros(c, c), torch.zeros(c, 1)]
+        start += [] if self.same_width else [uniform(width, f)]
         self.parameters = [[p.to(features.device, copy=True).requires_grad_() for p in start] for _ in features]
 
     def __call__(self):
-        out = torch.stack([self._one(x, *own) for x, own in zip(self.features, self.parameters)])
+        out = torch.stack([self._one(x, *weights) for x, weights in zip(self.features, self.parameters)])
         scale, shift = out.split(self.tokens, 1)
         return torch.stack([1 + scale, shift], 1)
 
@@ -85,13 +89,13 @@ class Mapping:
         return out if to_width is None else out @ to_width.T
 
 
-def inner_steps(i, most=100):
+def inner_steps(i: int, most=100) -> int:
     """Adam steps for step i of the path, `ceil(100 * exp(-0.1 * i))` (code of arXiv 2303.15649)."""
     return math.ceil(most * math.exp(-0.1 * i))
 
 
-def learn(latents: torch.Tensor, sigmas: torch.Tensor, predict, look, value, *, family: Family, attention=1.0, most=100,
-          rate=1e-2, enough=1e-5):
+def learn(latents: torch.Tensor, sigmas: torch.Tensor, predict: Callable, look: Callable, value: Direct | Mapping, *,
+          family: Family, attention=1.0, most=100, rate=1e-2, enough=1e-5) -> Iterator:
     """Learn the VALUE of every step (arXiv 2303.15649, eq. 5 to 7), see `fit.learn_path`.
 
         D    = guidance(D(source prompt, VALUE), D(negative))
@@ -103,7 +107,8 @@ def learn(latents: torch.Tensor, sigmas: torch.Tensor, predict, look, value, *, 
     Args:
         latents, sigmas: the path, [N + 1, B, C, H, W] and [N + 1].
         predict: `(name, y, sigma) -> D` and `predict.combine(y, sigma, D_p, D_u) -> D`, guidance.
-        look: `(y, sigma, VALUE or None) -> D of the positive, maps`, differentiable in VALUE; maps are a list of [B, ...].
+        look: `(y, sigma, VALUE or None) -> D of the positive, maps`, differentiable in VALUE; maps are a list of
+            [B, ...].
         value: `() -> VALUE`, with `parameters` for each picture; see `Direct` and `Mapping`. Goes on from step to step.
         attention: weight of the attention loss.
         most: Adam steps of the first step, see `inner_steps`.

@@ -16,7 +16,6 @@ import folder_paths
 import safetensors.torch
 import torch
 from comfy.ldm.modules.attention import optimized_attention
-from comfy_extras.nodes_custom_sampler import DisableNoise, SamplerCustomAdvanced
 from comfy_extras.nodes_differential_diffusion import DifferentialDiffusion
 from comfy_extras.nodes_freelunch import FreeU
 from comfy_extras.nodes_hooks import ConditioningSetProperties, CreateHookLora
@@ -26,11 +25,11 @@ from comfyui_ledits.attention_hooks.controls.masactrl import MasaCtrl
 from comfyui_ledits.attention_hooks.controls.p2p import PromptToPrompt
 from comfyui_ledits.attention_hooks.controls.pix2pix_zero import Pix2PixZero
 from comfyui_ledits.attention_hooks.controls.pnp import PlugAndPlay
-from comfyui_ledits.nodes.sampling import LeditsGuiderNode, LeditsKSampler, LeditsSamplerNode
+from comfyui_ledits.nodes.sampling import LeditsGuiderNode, LeditsSamplerNode
 from comfyui_ledits.samplers.methods.sega import Concept
 
 import nodes
-from support import editing, tiny
+from support import editing, runs, tiny
 
 SOURCE, TARGET = "a cat sits on a sofa", "a dog sits on a sofa"
 STEPS, CFG, SIDE = 4, 5.0, 16
@@ -97,18 +96,16 @@ class Parts:
         more = inputs(name)
         with torch.inference_mode():
             if through == "node":
-                return LeditsKSampler.execute(
-                    model=self.model, positive=self.positive, negative=self.negative, inversion=self.path, cfg=CFG,
-                        skip=start, mask=self.mask, **more
-                )[0]["samples"]
+                pair = self.positive, self.negative
+                return runs.edit("sd1", self.path, pair=pair, on=self.model, cfg=CFG, skip=start, mask=self.mask,
+                                 **more)
             guider = LeditsGuiderNode.execute(model=self.model, positive=self.positive, negative=self.negative,
                 cfg=CFG, concepts=more.pop("concepts", None))[0]
             sampler, sigmas = LeditsSamplerNode.execute(inversion=self.path, skip=start, **more)
             latent = {"samples": self.path.latent_format.process_out(self.path.latents[0])}
             if self.mask is not None:
                 latent["noise_mask"] = self.mask
-            noise = DisableNoise.execute()[0]
-            return SamplerCustomAdvanced.execute(noise, guider, sampler, sigmas, latent)[0]["samples"]
+            return runs.in_parts(guider, sampler, sigmas, latent)
 
 
 @functools.cache
@@ -215,15 +212,15 @@ def steps_mask():
 
 
 def _differential(parts):
-    return {"model": DifferentialDiffusion.execute(parts.model)[0], "mask": steps_mask()}
+    return {"model": DifferentialDiffusion.execute(model=parts.model)[0], "mask": steps_mask()}
 
 
 def _freeu(parts):
-    return {"model": FreeU.execute(parts.model, 1.3, 1.4, 0.9, 0.2)[0]}
+    return {"model": FreeU.execute(model=parts.model, b1=1.3, b2=1.4, s1=0.9, s2=0.2)[0]}
 
 
 def _pag(parts):
-    return {"model": PerturbedAttentionGuidance.execute(parts.model, PAG_SCALE)[0]}
+    return {"model": PerturbedAttentionGuidance.execute(model=parts.model, scale=PAG_SCALE)[0]}
 
 
 class Patch:

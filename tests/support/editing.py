@@ -6,6 +6,7 @@ import comfy.supported_models_base
 import torch
 from comfyui_ledits.attention_hooks.text.prompts import edit_prompts
 from comfyui_ledits.samplers import models
+from comfyui_ledits.samplers.capture_sampler import CaptureSampler
 from comfyui_ledits.samplers.guider import LeditsGuider
 from comfyui_ledits.samplers.ledits import LeditsSampler
 from comfyui_ledits.samplers.methods.record import Inversion
@@ -70,6 +71,16 @@ def run(model, inversion, positive, negative, cfg, attention=(), start=0, **kwar
     with torch.inference_mode():  # as ComfyUI runs its nodes
         out = guider.sample(torch.zeros_like(picture), picture, sampler, inversion.sigmas[start:], disable_pbar=True)
     return inversion.latent_format.process_in(out), guider
+
+
+def capture(model, inversion, negative, attention, start=0, **kwargs):
+    """A store of what the controls read of the source, and how many U-Net rows it took."""
+    sampler = CaptureSampler(inversion, attention, **kwargs)
+    guider = LeditsGuider(model, negative, negative, 1.0)
+    picture = inversion.latent_format.process_out(inversion.latents[-1])
+    with torch.inference_mode():
+        guider.sample(torch.zeros_like(picture), picture, sampler, inversion.sigmas[start:], disable_pbar=True)
+    return sampler.store, guider.rows
 
 
 def split(model):

@@ -52,6 +52,27 @@ class Parts:
         return struct.pack("<Q", len(raw)) + raw + bytes(self.data)
 
 
+# --- one damage, by hand --------------------------------------------------------------------------------------------
+
+def change(raw, edit, sign=True):
+    """The bytes of a file after `edit(parts)`, with a checksum that fits unless told otherwise."""
+    parts = Parts(raw)
+    edit(parts)
+    return (parts.signed() if sign else parts).bytes()
+
+
+def item(name, key, value):
+    """An edit of what the header says of a tensor."""
+    return lambda parts: parts.header[name].__setitem__(key, value)
+
+
+def word(key, value):
+    """An edit of the header's words."""
+    return lambda parts: parts.header["__metadata__"].__setitem__(key, value)
+
+
+# --- many damages, by chance ----------------------------------------------------------------------------------------
+
 ODD = [-1, 0, 1, 2**31, 2**63, 2**64 - 1, 10**400, 1.5, True, None, "1", "../../x", [], [[1]], {}, "\u0000", "9" * 5000]
 
 

@@ -60,6 +60,14 @@ def model(kind="sd1", seed=0, gain=0.2, **unet):
     return comfy.model_patcher.ModelPatcher(inner, torch.device("cpu"), torch.device("cpu"))
 
 
+def frozen(kind="sd1", **unet):
+    """A MODEL with weights that are inference tensors, as core's loaders make them."""
+    with torch.inference_mode():
+        made = model(kind, **unet)
+    assert all(p.is_inference() for p in made.model.diffusion_model.parameters())
+    return made
+
+
 def fill(network, seed):
     """Random weights that keep the size of what passes through. (ComfyUI's layers are made without any.)"""
     generator = torch.Generator().manual_seed(seed)
