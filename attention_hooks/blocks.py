@@ -4,8 +4,6 @@ import math
 import re
 from dataclasses import dataclass
 
-PARTS = ("input", "middle", "output")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
@@ -85,6 +83,24 @@ def preset_help(name):
     if set(texts) == {"other"}:
         return f"'{name}' is {texts['other']}."
     return f"'{name}' is {texts['SD']} on SD 1.x and 2.x, {texts['SDXL']} on SDXL."
+
+
+def at_quarter_resolution(layout: Layout, size: tuple[int, int]) -> list[tuple]:
+    """Keys of the layers at a quarter of the latent's resolution, down and up, whose maps StyleDiffusion compares.
+
+    For SD 1.x at 512 x 512 the paper's five at 16 x 16. Of transformers of several layers (SDXL) the last; where a
+    network has no such level, the nearest.
+
+    Args:
+        size: height and width of the latent.
+    """
+    last = {(layer.part, layer.number): layer for layer in layout.layers if layer.part in ("input", "output")}
+
+    def distance(layer):
+        return abs(math.log(math.prod(layer.grid(size)) / (math.prod(size) / 16)))
+
+    nearest = min(map(distance, last.values()), default=0)
+    return [layer.key for layer in last.values() if math.isclose(distance(layer), nearest)]
 
 
 _TERM = re.compile(

@@ -107,7 +107,7 @@ def _observed(latent, sampler) -> Observed:
     Raises:
         ValueError: nothing, or the SAMPLER made another latent since.
     """
-    observed = latent.get(sockets.SEEN) if sampler is None else getattr(sampler, "seen", None)
+    observed = latent.get(sockets.OBSERVED) if sampler is None else getattr(sampler, "observed", None)
     if observed is None:
         raise ValueError(
             "There is no attention to see. Connect the latent of a LEDITS KSampler (for SamplerCustomAdvanced also the "

@@ -49,8 +49,8 @@ class LeditsKSampler(io.ComfyNode):
         guider = LeditsGuider(model, positive, negative, cfg, concepts=concepts or ())
         sampler = LeditsSampler(inversion, solver=solver, attention=attention, store=store)
         out = {"samples": edit(guider, sampler, sigmas, mask=mask)}
-        if sampler.seen is not None:
-            out[sockets.SEEN] = sampler.seen
+        if sampler.observed is not None:
+            out[sockets.OBSERVED] = sampler.observed
         return io.NodeOutput(out, ui=feedback.costs(guider.rows, len(sigmas) - 1))
 
 

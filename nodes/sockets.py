@@ -8,4 +8,4 @@ Attention = io.Custom("LEDITS_ATTENTION")
 Prompts = io.Custom("LEDITS_PROMPTS")
 Store = io.Custom("LEDITS_STORE")
 
-SEEN = "ledits_attention"  # entry of a LATENT: the `attention_hooks.observed.Observed` of the run that made it
+OBSERVED = "ledits_attention"  # entry of a LATENT: the `attention_hooks.observed.Observed` of the run that made it

@@ -1,6 +1,5 @@
 """Into and out of a U-Net's cross-attention, through ComfyUI's patches: what `to_v` sees, and the attention maps."""
 
-import math
 from collections.abc import Iterable
 
 import comfy.model_patcher
@@ -19,11 +18,10 @@ class ValuePatch:
 
     Attributes:
         value: [B or 1, 2, tokens, width] of `style_diffusion`; None changes nothing.
-        seen: {(name, number, layer): (height, width)} of every cross-attention that ran.
     """
 
     def __init__(self, uuids: Iterable):
-        self.uuids, self.value, self.seen = set(uuids), None, {}
+        self.uuids, self.value = set(uuids), None
 
     def install(self, options: dict):
         """Put it first in a run's own `model_options`: patches of other packs may change the result further."""
@@ -31,9 +29,6 @@ class ValuePatch:
         patches["attn2_patch"] = [self, *patches.get("attn2_patch", [])]
 
     def __call__(self, n, context, value, extra_options):
-        if "block" in extra_options and "activations_shape" in extra_options:
-            key = (*extra_options["block"], extra_options.get("block_index", 0))
-            self.seen[key] = tuple(extra_options["activations_shape"][-2:])
         parts = extra_options["uuids"]
         if self.value is None or not self.uuids.intersection(parts):
             return n, context, value
@@ -50,7 +45,7 @@ class MapTap:
     Args:
         options: a run's own `model_options`; the layers' attention is replaced there, or what replaces it already is
             called.
-        layers: keys (name, number, layer), see `coarse_layers`.
+        layers: `Layer.key`s, see `attention_hooks.blocks.at_quarter_resolution`.
     """
 
     def __init__(self, options: dict, layers: list[tuple]):
@@ -74,25 +69,3 @@ class MapTap:
             )
 
         return attend
-
-
-def coarse_layers(seen: dict, height: int, width: int) -> list[tuple]:
-    """The layers whose maps StyleDiffusion compares: those at a quarter of the latent's resolution, down and up.
-
-    For SD 1.x at 512 x 512 the paper's five at 16 x 16. Of transformers of several layers (SDXL) the last; where a
-    network has no such level, the nearest.
-
-    Args:
-        seen: see `ValuePatch.seen`.
-        height, width: of the latent.
-    """
-    last = {}
-    for name, number, layer in sorted(seen):
-        if name in ("input", "output"):
-            last[name, number] = (name, number, layer)
-
-    def distance(key):
-        return abs(math.log(seen[key][0] * seen[key][1] / (height * width / 16)))
-
-    nearest = min((distance(key) for key in last.values()), default=0)
-    return [key for key in last.values() if math.isclose(distance(key), nearest)]

@@ -4,6 +4,8 @@ import comfy.model_management
 import torch
 from tqdm.auto import tqdm
 
+from ..attention_hooks.backbones.unet import UNet
+from ..attention_hooks.blocks import at_quarter_resolution
 from . import attention_taps, models
 from .gradients import Predictor
 from .methods import ddim, null_text, style_diffusion
@@ -198,8 +200,8 @@ class StyleDiffusionInverter(_Learner):
         else:
             features = self.features.clone().to(words).expand(len(words), -1, -1)
             value = style_diffusion.Mapping(features, *words.shape[1:])
-        layers = attention_taps.coarse_layers(self._patch.seen, *latents.shape[-2:]) if self.attention else []
-        tap = attention_taps.MapTap(predict.options, layers)
+        layers = at_quarter_resolution(UNet(predict.network).layout, tuple(latents.shape[-2:]))
+        tap = attention_taps.MapTap(predict.options, layers if self.attention else ())
 
         def look(y, sigma, learned):
             self._patch.value = learned

@@ -161,6 +161,11 @@ class Predictor:
         self.options = comfy.model_patcher.create_model_options_clone(model_options)
         self.conds = {name: [_thawed(c) for c in guider.conds[name]] for name in ("positive", "negative")}
 
+    @property
+    def network(self) -> torch.nn.Module:
+        """The model's U-Net."""
+        return self._model.diffusion_model
+
     def words(self, name: str, pictures: int) -> torch.Tensor:
         """The embedding of a prompt for every picture, float32 [pictures, tokens, width].
 

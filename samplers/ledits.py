@@ -35,11 +35,11 @@ class LeditsSampler(PhasedSampler):
         source_steps: steps of the source pass in one call; 0 chooses by memory.
 
     Attributes:
-        seen: what the attention controls have to show of the last run, `attention_hooks.observed.Observed` or None.
+        observed: maps and masks of the last run's attention controls, `attention_hooks.observed.Observed` or None.
     """
 
     phase = "editing"
-    seen = None
+    observed = None
 
     def __init__(self, inversion: Inversion, solver="ddpm", attention: Sequence[Control] = (),
                  store: AttentionStore | None = None, source_steps=0):
@@ -50,7 +50,7 @@ class LeditsSampler(PhasedSampler):
 
     def run(self, run: Run) -> torch.Tensor:
         path, steps, mask = self.inversion, run.steps, run.denoise_mask
-        self.seen = None
+        self.observed = None
         start, prescribed, attention = self.begin(run)
         y, levels_there = path.latents[start].to(run.device), path.sigmas.to(run.device)
         edit, source = _History(self.solver, path.kind), _History(self.solver, path.kind)
@@ -76,7 +76,7 @@ class LeditsSampler(PhasedSampler):
             if mask is not None:
                 free = mask_at(min(i + 1 - start, steps - 1))
                 y = free * y + (1 - free) * path.latents[i + 1].to(run.device)
-        self.seen = None if attention is None else attention.observed(y)
+        self.observed = None if attention is None else attention.observed(y)
         return y
 
     def begin(self, run: Run) -> tuple[int, Overrides, AttentionRun | None]:

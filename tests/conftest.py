@@ -1,6 +1,6 @@
-"""What every test needs: ComfyUI and the pack can be imported, on the CPU unless LEDITS_TEST_DEVICE=cuda.
+"""For every test: ComfyUI and the pack can be imported, on the CPU unless LEDITS_TEST_DEVICE=cuda.
 
-Tests write `from comfyui_ledits.samplers.steps import ...`; the folder the pack lies in may have any name.
+Tests write `from comfyui_ledits.samplers.methods.sega import ...`; the folder the pack lies in may have any name.
 """
 import importlib.util
 import os

@@ -64,7 +64,7 @@ def test_maps_are_the_explicit_probabilities(kind, height, width, batch, cross):
     attention = [Record(prompts=words, blocks="@1/2")] + [PromptToPrompt(prompts=words, cross=(0, cross), self_=(0, 0))] * (cross > 0)
     sampler = LeditsSampler(path, attention=attention)
     run(model, path, words, empty, sampler)
-    seen, prompts = sampler.seen, (SOURCE, TARGET)
+    seen, prompts = sampler.observed, (SOURCE, TARGET)
     for phrase, places in PLACES.items():
         for side in (0, 1):
             for step in (None, 0, 4):
@@ -91,8 +91,8 @@ def test_a_prompt_of_more_words_than_a_head_is_wide():
     run(model, path, words, editing.negative("sd1"), sampler)
     for phrase, places in {"very": [2], "cat": [8], "soft blue sofa": [19, 20, 21]}.items():
         expected = watch.expected(places, 0)
-        assert (sampler.seen.word_map(phrase, "source") - expected).abs().max() < 1e-3 * expected.max()
-    assert torch.allclose(sampler.seen.word_map("dog", "target"), watch.expected([8], 1), rtol=1e-3)
+        assert (sampler.observed.word_map(phrase, "source") - expected).abs().max() < 1e-3 * expected.max()
+    assert torch.allclose(sampler.observed.word_map("dog", "target"), watch.expected([8], 1), rtol=1e-3)
 
 
 def test_recording_changes_nothing_of_the_edit_and_leaves_nothing_behind():
@@ -113,7 +113,7 @@ def test_an_interrupted_run_shows_nothing():
     path, words, empty = editing.path(model, 3), editing.prompts("sd1", SOURCE, TARGET), editing.negative("sd1")
     sampler = LeditsSampler(path, attention=[Record(prompts=words)])
     run(model, path, words, empty, sampler)
-    assert sorted(sampler.seen.maps) == [0, 1, 2]
+    assert sorted(sampler.observed.maps) == [0, 1, 2]
 
     def interrupt(calls):
         if calls == 3:
@@ -121,7 +121,7 @@ def test_an_interrupted_run_shows_nothing():
 
     with tiny.Calls(model, interrupt), pytest.raises(comfy.model_management.InterruptProcessingException):
         run(model, path, words, empty, sampler)
-    assert sampler.seen is None
+    assert sampler.observed is None
 
 
 def test_a_kept_store_serves_the_recording():
@@ -137,7 +137,7 @@ def test_a_kept_store_serves_the_recording():
         _, guider = run(model, path, words, empty, sampler)
     assert guider.rows == 4 * 2
     for step in range(4):
-        assert torch.allclose(live.seen.word_map("sofa", "source", step), kept.seen.word_map("sofa", "source", step), rtol=1e-4)
+        assert torch.allclose(live.observed.word_map("sofa", "source", step), kept.observed.word_map("sofa", "source", step), rtol=1e-4)
 
 
 # --- masks ----------------------------------------------------------------------------------------------------------
@@ -154,7 +154,7 @@ def test_the_blend_mask_is_where_the_picture_changed():
     assert 0.02 < changed.float().mean() < 0.98
     assert torch.equal(mask, changed.float().repeat_interleave(8, 1).repeat_interleave(8, 2))
     assert all(isinstance(m, ExecutionBlocker) and "without MasaCtrl" in m.message for m in none)
-    seen = latent[sockets.SEEN]
+    seen = latent[sockets.OBSERVED]
     assert sorted(seen.masks["local blend"]) == [1, 2, 3, 4, 5]  # start_blend 0.2 of 6 steps
     assert picture.shape[0] == 2 and picture.shape[3] == 3
 
@@ -167,12 +167,12 @@ def test_masactrl_s_masks_are_those_of_the_maps():
                        threshold=0.4, map_blocks="input@1/2, middle")
     sampler = LeditsSampler(path, attention=[control])
     out, _ = run(model, path, words, empty, sampler)
-    assert sorted(sampler.seen.masks["MasaCtrl"]) == [0]
+    assert sorted(sampler.observed.masks["MasaCtrl"]) == [0]
     watch = Watch(grid)
     joint_attention.joint_edit(model, path, words.source, words.target, empty, 7.5, watch)
     seen = [layer for layer in watch.steps[0] if layer[0][0] != "output"]
     assert len(seen) == 2
-    latent = {"samples": path.latent_format.process_out(out), sockets.SEEN: sampler.seen}
+    latent = {"samples": path.latent_format.process_out(out), sockets.OBSERVED: sampler.observed}
     with torch.inference_mode():
         _, blend, *masks = PreviewAttention.execute(latent=latent, words="", view="by step").args
     assert isinstance(blend, ExecutionBlocker) and "without local blend" in blend.message
@@ -192,5 +192,5 @@ def test_masks_that_were_given_come_back():
     control = MasaCtrl(prompts=words, window=(0, 1), blocks="output.1-", source_mask=given[0], target_mask=given[1])
     sampler = LeditsSampler(path, attention=[control])
     run(model, path, words, empty, sampler)
-    for own, mask in zip(sampler.seen.masks["MasaCtrl"][1], given):
+    for own, mask in zip(sampler.observed.masks["MasaCtrl"][1], given):
         assert torch.equal(own.float(), mask)

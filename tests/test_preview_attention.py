@@ -28,7 +28,7 @@ def by_hand(batch=1, steps=(0, 1, 2, 3), **masks):
     before[:, 1, 2:5, 2:5], after[:, 1, 11:14, 11:14] = 0.5, 0.5
     observed = Observed(steps=len(steps), size=(128, 128), latent=torch.zeros(batch, 4, 16, 16), masks=masks,
                         tokens=(tokens("a cat"), tokens("a dog")), maps={step: (before, after) for step in steps})
-    return {"samples": torch.zeros(batch, 4, 16, 16), sockets.SEEN: observed}
+    return {"samples": torch.zeros(batch, 4, 16, 16), sockets.OBSERVED: observed}
 
 
 def hot(picture):
@@ -108,9 +108,9 @@ def test_what_was_not_recorded_is_said():
         PreviewAttention.execute(latent={"samples": latent["samples"]}, words="", view="average")
     mask = torch.ones(1, 16, 16, dtype=torch.bool)
     masks_only = Observed(steps=4, size=(128, 128), latent=latent["samples"], masks={"local blend": {3: (None, mask)}})
-    PreviewAttention.execute(latent=latent | {sockets.SEEN: masks_only}, words="", view="average")
+    PreviewAttention.execute(latent=latent | {sockets.OBSERVED: masks_only}, words="", view="average")
     with pytest.raises(ValueError, match="put Record Attention"):
-        PreviewAttention.execute(latent=latent | {sockets.SEEN: masks_only}, words="cat", view="average")
+        PreviewAttention.execute(latent=latent | {sockets.OBSERVED: masks_only}, words="cat", view="average")
 
 
 def test_with_sampler_custom_advanced():

@@ -7,6 +7,7 @@ import comfy.model_patcher
 import comfy.samplers
 import pytest
 import torch
+from comfyui_ledits.attention_hooks.blocks import Layer, Layout, at_quarter_resolution
 from comfyui_ledits.nodes.learned_inversions import StyleDiffusionInversion
 from comfyui_ledits.samplers import attention_taps
 from comfyui_ledits.samplers.guider import LeditsGuider
@@ -75,11 +76,12 @@ def test_inner_steps_fall_as_in_the_papers_code():
 def test_sd15_compares_the_papers_five_layers():
     sizes = {("input", n): s for ns, s in (((1, 2), 64), ((4, 5), 32), ((7, 8), 16)) for n in ns} | {("middle", 0): 8}
     sizes |= {("output", n): s for ns, s in (((3, 4, 5), 16), ((6, 7, 8), 32), ((9, 10, 11), 64)) for n in ns}
-    seen = {(*block, 0): (side, side) for block, side in sizes.items()}
+    layers = (Layer(part=part, number=number, index=0, level=(64 // side).bit_length() - 1, width=320, order=k)
+              for k, ((part, number), side) in enumerate(sizes.items()))
+    layout = Layout(layers=tuple(layers), resblocks=())
     five = {("input", 7, 0), ("input", 8, 0), ("output", 3, 0), ("output", 4, 0), ("output", 5, 0)}
-    assert set(attention_taps.coarse_layers(seen, 64, 64)) == five
-    tall = {key: (h * 3 // 2, w) for key, (h, w) in seen.items()}
-    assert set(attention_taps.coarse_layers(tall, 96, 64)) == five
+    assert set(at_quarter_resolution(layout, (64, 64))) == five
+    assert set(at_quarter_resolution(layout, (96, 64))) == five
 
 
 # --- what it does to an edit ----------------------------------------------------------------------------------------

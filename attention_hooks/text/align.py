@@ -137,11 +137,11 @@ def word_schedule(tokens, steps, window, words=()):
         return slice(int(start * (steps + 1) + 1e-9), int(end * (steps + 1) + 1e-9))
 
     alpha[rows(*window)] = True
-    for phrase, window in words:
+    for phrase, window_of_phrase in words:
         columns = list(tokens.find(phrase))
         alpha[:, columns] = False
         for column in columns:
-            alpha[rows(*window), column] = True
+            alpha[rows(*window_of_phrase), column] = True
     return alpha
 
 
