@@ -38,7 +38,7 @@ class SourcePath(Protocol):
         batch: pictures B.
         overrides: embeddings that the inversion prescribes.
         model: description of the model.
-        kind: the family, whose `power` is asked.
+        kind: the family, whose `input_scale` is asked.
         latent_format: ComfyUI's.
     """
 

@@ -95,7 +95,7 @@ class AttentionRun:
         sigma = float(self.path.sigmas[i])
         for bound in self.plan.bound:
             gradient = functools.partial(self.target.gradient, y, sigma, options, differentiate)
-            y = bound.before_step(i - self.start, y, self.path.kind.power(sigma) ** 0.5, gradient)
+            y = bound.before_step(i - self.start, y, self.path.kind.input_scale(sigma), gradient)
         return y
 
     def after_step(self, i: int, y: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ from einops import rearrange
 
 from .backbones.unet import AttentionCall, NetworkCall, UNet
 from .blocks import Layer
-from .conditioning import equal_but, everywhere, plain, same_words
+from .conditioning import equal_but, everywhere, plain, repeats_by_picture, same_words
 from .edits import NEGATIVE, SOURCE, VALUE_PRESCRIBED, Slot, SourcePath
 from .plan import Plan
 from .store import AttentionStore, Origin, fingerprint
@@ -212,6 +212,8 @@ class SourcePass:
         if not branches:
             return ahead
         most = self._steps_in_one_call(len(branches))
+        if not repeats_by_picture([self.entry(branch) for branch in branches], self.setting.batch):
+            most = 1
         if "value" in self.path.overrides or (NEGATIVE in branches and "negative" in self.path.overrides):
             most = 1  # they may be others at every step
         for step in range(first + 1, min(first + most, self.setting.steps)):

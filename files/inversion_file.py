@@ -6,7 +6,10 @@
                source_sha256: of the encoded picture `latents[-1]` in float32
                sha256: of all tensors as they are stored, in the order of their names
     tensors    sigmas [N + 1] and etas [N] in float32;
-               latents [N + 1, B, C, H, W], residuals [N, B, C, H, W] where there are any, overrides.<name>
+               latents [N + 1, B, C, H, W] (of video models [N + 1, B, C, T, H, W]), residuals [N, B, C, H, W] and shifts
+               of the same shape where there are any, overrides.<name>
+               denoised [N, B, C, H, W] in place of residuals, in float16 files of flow models: near their highest level
+               a step takes so little of D that rounded residuals would not give D back
 
 Version 1 is the only one so far. A reader refuses what a later one may mean differently.
 """
@@ -14,6 +17,7 @@ Version 1 is the only one so far. A reader refuses what a later one may mean dif
 import hashlib
 import json
 import math
+from dataclasses import replace
 
 import safetensors.torch
 import torch
@@ -33,7 +37,9 @@ KIND = FileKind(
 )
 STEP_LIMIT = 10_000
 _WORDS = ("method", "family", "model")
-_RANKS = {"negative": 4, "negative_pooled": 2, "value": 5}  # of the embeddings in `Inversion.overrides`
+# Of the embeddings in `Inversion.overrides`.
+_RANKS = {"negative": 4, "negative_pooled": 2, "value": 5, "negative.attention_mask": 2,
+          "negative.conditioning_llama3": 4, "negative.conditioning_byt5small": 3}
 
 
 def save(path, inversion: Inversion, latent_format, half=False):
@@ -52,7 +58,7 @@ def save(path, inversion: Inversion, latent_format, half=False):
         ValueError: float16 cannot hold the numbers, or the settings are too long.
         OSError: the file cannot be written.
     """
-    tensors = {"latents": inversion.latents, "residuals": inversion.residuals}
+    tensors = {"latents": inversion.latents, "residuals": inversion.residuals, "shifts": inversion.shifts}
     tensors |= {f"overrides.{name}": value for name, value in inversion.overrides.items()}
     exact = {name: _plain(value) for name, value in tensors.items() if value is not None}
     stored, cost = exact, None
@@ -60,7 +66,12 @@ def save(path, inversion: Inversion, latent_format, half=False):
         stored = {name: value.half() for name, value in exact.items()}
         if not all(torch.isfinite(value).all() for value in stored.values()):
             raise ValueError("This inversion holds numbers above 65504, too large for float16: save it as float32.")
+        if inversion.residuals is not None and inversion.family == "flow":
+            stored["denoised"] = torch.stack([inversion.denoised(i) for i in range(inversion.steps)]).half()
+            stored["residuals"] = _residuals(inversion, stored["latents"], stored["denoised"])
         cost = rounding(inversion, stored)
+        if "denoised" in stored:
+            del stored["residuals"]
     stored |= {"sigmas": _plain(inversion.sigmas), "etas": _plain(inversion.etas)}
     settings = {k: v for k, v in inversion.settings.items() if k != "source_prompt"}
     metadata = KIND.metadata | {"dtype": "float16" if half else "float32"}
@@ -97,10 +108,11 @@ def load(path, make_latent_format) -> Inversion:
         tensors = file.read_all(entries, header["sha256"])
         _check_levels(tensors["sigmas"], tensors["etas"])
         overrides = {n.removeprefix("overrides."): t for n, t in tensors.items() if n.startswith("overrides.")}
-        return Inversion(
+        inversion = Inversion(
             sigmas=tensors["sigmas"],
             latents=tensors["latents"],
             residuals=tensors.get("residuals"),
+            shifts=tensors.get("shifts"),
             etas=tensors["etas"],
             family=header["family"],
             model=header["model"],
@@ -109,6 +121,16 @@ def load(path, make_latent_format) -> Inversion:
             overrides=overrides,
             latent_format=latent_format,
         )
+        if "denoised" not in tensors:
+            return inversion
+        return replace(inversion, residuals=_residuals(inversion, tensors["latents"], tensors["denoised"]))
+
+
+def _residuals(inversion: Inversion, latents, denoised):
+    """Residuals, float32 [N, B, C, ...], of a path and of what the model predicted along it."""
+    steps = [inversion.step(i) for i in range(inversion.steps)]
+    return torch.stack([latents[i + 1].float() - c.keep * latents[i].float() - c.take * denoised[i].float()
+                        for i, c in enumerate(steps)])
 
 
 def check(path, make_latent_format):
@@ -210,10 +232,13 @@ def _check_shapes(entries: dict[str, Entry], dtype: str):
         if entry.dtype != wanted:
             raise ValueError(f"its tensor {name[:80]!r} is {entry.dtype} where {wanted} is expected")
     path = entries["latents"].shape
-    if len(path) != 5 or not 2 <= path[0] <= STEP_LIMIT + 1:
+    if len(path) not in (5, 6) or not 2 <= path[0] <= STEP_LIMIT + 1:
         raise ValueError(f"its path has the shape {list(path)}, not levels x pictures x channels x height x width")
+    if "denoised" in entries and ("residuals" in entries or dtype != "float16"):
+        raise ValueError("it holds noise maps in two ways")
     steps, pictures = path[0] - 1, path[1]
-    expected = {"sigmas": (steps + 1,), "etas": (steps,), "latents": path, "residuals": (steps, *path[1:])}
+    expected = {"sigmas": (steps + 1,), "etas": (steps,), "latents": path}
+    expected |= dict.fromkeys(("residuals", "denoised", "shifts"), (steps, *path[1:]))
     for name, entry in entries.items():
         kind = name.removeprefix("overrides.")
         if name in expected:
@@ -229,7 +254,7 @@ def _check_shapes(entries: dict[str, Entry], dtype: str):
 
 
 def _embedding_fits(kind, shape, steps, pictures):
-    if kind == "negative_pooled":
+    if kind == "negative_pooled" or "." in kind:
         return shape[0] in (1, pictures)
     if kind == "value":
         return shape[0] <= steps and shape[1] in (1, pictures) and shape[2] == 2

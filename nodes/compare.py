@@ -13,6 +13,7 @@ from ..samplers.ledits import LeditsSampler
 from ..samplers.phased import PhasedSampler, Run
 from . import feedback
 from .drawing import sheet
+from .drawing.pixels import decoded
 from .edit_inputs import SOLVERS, edit, edit_inputs, fine_inputs, path_inputs, sigmas_after
 
 CATEGORY = "LEDITS/compare"
@@ -147,7 +148,7 @@ class Sweep(io.ComfyNode):
             return LeditsGuider(model, positive, negative, cfg, concepts=concepts or ())
 
         edits, rows = _sweep(guider_at, sampler, runs, mask)
-        grids = zip(*(vae.decode(samples) for samples in edits))  # a grid for each picture of the batch
+        grids = zip(*(decoded(vae, samples) for samples in edits))  # a grid for each picture of the batch
         tops = [f"cfg {cfg:g}" for cfg in scales]
         lefts = [f"skip {skip} ({100 * skip / inversion.steps:.0f} %)" for skip in skips]
         pages = [_page(pictures, size, len(scales), tops=tops, lefts=lefts) for pictures in grids]

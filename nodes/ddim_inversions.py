@@ -8,16 +8,16 @@ from comfy_api.latest import io
 
 from ..samplers import models
 from ..samplers.guider import LeditsGuider
-from ..samplers.inverters import DDIMInverter, SourceBranch, TargetOffset
 from ..samplers.methods import ddim
 from ..samplers.methods.negative_prompt import with_source_as_negative
+from ..samplers.ode_inverters import DDIMInverter, SourceBranch, TargetOffset
 from ..samplers.phased import PhasedSampler
-from . import feedback
 from .inversion_inputs import (
     CATEGORY,
     guidance_input,
     level_inputs,
     noise_levels,
+    output,
     outputs,
     picture,
     regularisation,
@@ -26,6 +26,8 @@ from .inversion_inputs import (
     sigmas_input,
     source_inputs,
 )
+
+REPLAYS = ("as inverted", "noise maps", "input shift")
 
 
 def _cfg():
@@ -51,6 +53,13 @@ def _precision(refinements):
     ]
 
 
+def _solver():
+    return io.Combo.Input("solver", options=["auto", *ddim.SOLVERS], optional=True, advanced=True,
+                          tooltip="How the path is followed. Euler is the papers' of Stable Diffusion, Uni-Inv looks "
+                          "ahead at no cost; midpoint (RF-Solver) asks the model twice a step, FireFlow once, and both "
+                          "without refinements. auto: Uni-Inv for flow models, Euler for others.")
+
+
 def _path():
     return io.DynamicCombo.Input(
         "path",
@@ -72,12 +81,12 @@ class DdimPath:
         latent: LATENT.
         levels: (steps, scheduler, sigmas), the values of `level_inputs` and `sigmas_input`.
         precision: (refinements, tolerance, convention), the values of `_precision`.
-        method, regularise: see `DDIMInverter`.
+        method, regularise, solver, shift: see `DDIMInverter`.
         settings: further ones for the record.
     """
 
     def __init__(self, *, model: ModelPatcher, prompts, latent, cfg, levels, precision, method, regularise=None,
-                 settings=None):
+                 settings=None, solver="auto", shift=False):
         models.family(model)
         steps, scheduler, sigmas = levels
         refinements, tolerance, convention = precision
@@ -90,7 +99,7 @@ class DdimPath:
         self.sigmas, self.samples = noise_levels(model, scheduler, steps, sigmas), picture(model, latent)
         self.rows, self.inversion = 0, None
         noted = {"cfg": cfg, "scheduler": scheduler, "convention": convention, "refinements": refinements,
-                 "tolerance": tolerance, **(settings or {})}
+                 "tolerance": tolerance, **({} if solver == "auto" else {"solver": solver}), **(settings or {})}
         inverter = DDIMInverter(
             convention=convention,
             refinements=refinements,
@@ -98,6 +107,8 @@ class DdimPath:
             method=method,
             settings=noted,
             regularise=regularise,
+            solver=solver,
+            shift=shift,
         )
         self.then(inverter, cfg)
 
@@ -113,7 +124,7 @@ class DdimPath:
             self.then(SourceBranch(self.inversion, method=f"{self.inversion.method}, re-simulated"), path["edit_cfg"])
 
     def output(self):
-        return io.NodeOutput(self.inversion, {"samples": self.x_T}, ui=feedback.costs(self.rows, self.inversion.steps))
+        return output(self.inversion, self.x_T, self.rows)
 
 
 class DDIMInversion(io.ComfyNode):
@@ -129,14 +140,24 @@ class DDIMInversion(io.ComfyNode):
             inputs=[
                 *source_inputs(), _cfg(), *level_inputs(), *_precision(1), _path(), sigmas_input(),
                 regularisation_input(),
+                _solver(),
+                io.Combo.Input("replay", options=list(REPLAYS), optional=True, advanced=True,
+                               tooltip="What brings an edit with the source's prompt and guidance back to the picture. "
+                               "as inverted: nothing (the papers' DDIM). noise maps: what each step lacks is added, one "
+                               "evaluation a step more. input shift: the model is shown the latent that the inversion "
+                               "showed it (DirectEdit), at no cost; not with midpoint and FireFlow."),
             ],
             outputs=outputs(),
         )
 
     @classmethod
     def execute(cls, model, positive, negative, latent, cfg, steps, scheduler, refinements, tolerance, convention, path,
-                sigmas=None, noise_regularisation=None):
+                sigmas=None, noise_regularisation=None, solver="auto", replay=REPLAYS[0]):
         regularise, chosen = regularisation(noise_regularisation)
+        if replay != REPLAYS[0]:
+            if path["path"] == "re-simulated":
+                raise ValueError("A re-simulated path is a baseline that drifts: set replay to 'as inverted' with it.")
+            chosen = {**chosen, "replay": replay}
         made = DdimPath(
             model=model,
             prompts=(positive, negative),
@@ -147,8 +168,12 @@ class DDIMInversion(io.ComfyNode):
             method="DDIM",
             regularise=regularise,
             settings=chosen,
+            solver=solver,
+            shift=replay == "input shift",
         )
         made.simulate(path)
+        if replay == "noise maps":
+            made.then(TargetOffset(made.inversion), cfg)
         return made.output()
 
 
@@ -181,14 +206,14 @@ class DirectInversion(io.ComfyNode):
                     "and then; or its correction added to the edit too. Leave at none to edit.",
                     extra_dict={"advanced": True},
                 ),
-                sigmas_input(),
+                sigmas_input(), _solver(),
             ],
             outputs=outputs(),
         )
 
     @classmethod
     def execute(cls, model, positive, negative, latent, cfg, steps, scheduler, refinements, tolerance, convention,
-                ablation, sigmas=None):
+                ablation, sigmas=None, solver="auto"):
         chosen = ablation["ablation"]
         made = DdimPath(
             model=model,
@@ -199,6 +224,7 @@ class DirectInversion(io.ComfyNode):
             precision=(refinements, tolerance, convention),
             method="Direct",
             settings=ablation,
+            solver=solver,
         )
         if chosen == "target side":
             made.then(TargetOffset(made.inversion, method="Direct, target side"), ablation["edit_cfg"])
@@ -224,14 +250,14 @@ class NegativePromptInversion(io.ComfyNode):
                 io.Float.Input("interpolation", default=0.0, min=0.0, max=1.0, step=0.05, round=0.01, advanced=True,
                                tooltip="Share of the negative given here in what replaces the edit's negative: 0 is "
                                "the source prompt alone. More gives stronger edits that keep less."),
-                sigmas_input(),
+                sigmas_input(), _solver(),
             ],
             outputs=outputs(),
         )
 
     @classmethod
     def execute(cls, model, positive, negative, latent, cfg, steps, scheduler, refinements, tolerance, convention, path,
-                interpolation, sigmas=None):
+                interpolation, sigmas=None, solver="auto"):
         made = DdimPath(
             model=model,
             prompts=(positive, negative),
@@ -241,6 +267,7 @@ class NegativePromptInversion(io.ComfyNode):
             precision=(refinements, tolerance, convention),
             method="negative-prompt",
             settings={"interpolation": interpolation},
+            solver=solver,
         )
         made.inversion = with_source_as_negative(made.inversion, positive, negative, interpolation)
         made.simulate(path)

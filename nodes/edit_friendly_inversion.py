@@ -6,12 +6,13 @@ from comfy_api.latest import io
 from ..samplers import models
 from ..samplers.guider import LeditsGuider
 from ..samplers.inverters import EditFriendlyInverter
-from . import feedback
+from ..samplers.methods.edit_friendly import NOISES
 from .inversion_inputs import (
     CATEGORY,
     guidance_input,
     level_inputs,
     noise_levels,
+    output,
     outputs,
     picture,
     run,
@@ -46,24 +47,31 @@ class EditFriendlyInversion(io.ComfyNode):
                 io.Float.Input("eta_end", default=-1.0, min=-1.0, max=1.0, step=0.01, optional=True, advanced=True,
                                tooltip="eta of the last step, where it is to differ: eta then changes evenly from the "
                                "first step to the last. Below 0: the same eta at every step."),
+                io.Combo.Input("noise", options=list(NOISES), optional=True, advanced=True,
+                               tooltip="independent: new noise at every level, the edit-friendly one. Brownian: each "
+                               "level adds to the one below, as noise is added in training (CycleDiffusion, sync-SDE)."),
             ],
             outputs=outputs(),
         )
 
     @classmethod
     def execute(cls, model, positive, negative, latent, cfg, steps, scheduler, eta, seed, sigmas=None, steps_at_once=0,
-                eta_end=-1.0):
+                eta_end=-1.0, noise=NOISES[0]):
         models.family(model)
         sigmas = noise_levels(model, scheduler, steps, sigmas)
         samples = picture(model, latent)
         settings = {"cfg": cfg, "seed": seed, "eta": eta, "scheduler": scheduler}
         if eta_end >= 0:
             settings["eta_end"] = eta_end
+        if noise != NOISES[0]:
+            settings["noise"] = noise
         etas = torch.linspace(float(eta), float(eta_end if eta_end >= 0 else eta), len(sigmas) - 1)
-        inverter = EditFriendlyInverter(seed=seed, etas=etas, steps_at_once=steps_at_once, settings=settings)
+        inverter = EditFriendlyInverter(
+            seed=seed, etas=etas, steps_at_once=steps_at_once, noise=noise, settings=settings
+        )
         guider = LeditsGuider(model, positive, negative, cfg)
         x_T = run(guider, inverter, samples, sigmas, seed=seed)
-        return io.NodeOutput(inverter.inversion, {"samples": x_T}, ui=feedback.costs(guider.rows, len(sigmas) - 1))
+        return output(inverter.inversion, x_T, guider.rows)
 
 
 NODES = [EditFriendlyInversion]

@@ -2,6 +2,7 @@
 
 import comfy.model_management
 from comfy_api.latest import io
+from einops import rearrange
 
 from ..samplers.guider import LeditsGuider
 from ..samplers.ledits import SOLVERS
@@ -34,13 +35,31 @@ def path_inputs():
 def skip_input():
     return io.Int.Input("skip", default=18, min=0, max=999,
                         tooltip="Steps of the path to leave out at the noisy end. More stays closer to the picture, "
-                        "0 changes most. The paper skips 36 % of the steps.")
+                        "0 changes most. LEDITS skips 36 % of the steps on Stable Diffusion; Flux.1-dev 4 of 28, as "
+                        "its noise stays high for longer. The node shows the noise level that the edit begins at.")
 
 
 def solver_input():
     return io.Combo.Input("solver", options=list(SOLVERS), optional=True, advanced=True,
                           tooltip="ddpm is LEDITS. dpmpp_2m_sde is the second-order solver of LEDITS++, for fewer "
                           "steps.")
+
+
+def eta_input():
+    return io.Float.Input("eta", default=-1.0, min=-1.0, max=1.0, step=0.01, optional=True, advanced=True,
+                          tooltip="Share of noise in each step of the edit, without inverting again. 1 lets early "
+                          "changes fade (LEDITS), 0 lets all of them last (FlowEdit). Below 0: as inverted.")
+
+
+def chosen_eta(value: float) -> float | None:
+    """The value of `eta_input` as `LeditsSampler` takes it."""
+    return None if value < 0 else value
+
+
+def free_steps_input():
+    return io.Int.Input("free_steps", default=0, min=0, max=999, optional=True, advanced=True,
+                        tooltip="So many steps at the end follow the prompt alone, without the picture's noise maps "
+                        "(FlowEdit's n_min). More changes details more.")
 
 
 def attention_inputs():
@@ -81,5 +100,8 @@ def edit(guider: LeditsGuider, sampler: PhasedSampler, sigmas, *, mask=None, run
     """Run a SAMPLER on the picture of its `inversion`; the samples of a LATENT. `runs` as in `feedback.sample`."""
     path = sampler.inversion
     picture = path.latent_format.process_out(path.latents[-1])
+    if mask is not None and picture.ndim == 5 and path.batch > 1 and mask.ndim == 3:
+        # one for each picture; core would take them as frames
+        mask = rearrange(mask.expand(path.batch, -1, -1) if len(mask) == 1 else mask, "b h w -> b 1 1 h w")
     samples = feedback.sample(guider, sampler, picture, sigmas, mask=mask, runs=runs)
     return samples.to(comfy.model_management.intermediate_device())

@@ -11,6 +11,7 @@ from . import (
     edit_friendly_inversion,
     edit_metrics,
     edit_prompts,
+    flowedit,
     inspect_inversion,
     inversion_files,
     learned_inversions,
@@ -18,6 +19,7 @@ from . import (
     preview,
     proximal_guidance,
     replacements,
+    rf_inversion,
     sampling,
     sdedit,
     semantic_concept,
@@ -27,7 +29,9 @@ from . import (
 
 MODULES = (
     edit_friendly_inversion,
+    flowedit,
     ddim_inversions,
+    rf_inversion,
     sdedit,
     proximal_guidance,
     learned_inversions,

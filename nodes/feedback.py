@@ -79,13 +79,15 @@ def sample(guider: CFGGuider, sampler: PhasedSampler, samples, sigmas, *, mask=N
     )
 
 
-def costs(rows: int, steps: int, **more):
+def costs(rows: int, steps: int, *, level: float | None = None, **more):
     """The cost of a node, on the node and for the history of the queue (`NodeOutput.ui`).
 
     Args:
-        rows: U-Net rows (pictures x predictions) that were evaluated.
+        rows: network rows (pictures x predictions) that were evaluated.
         steps: of the path that ran.
+        level: the noise level that an edit began at.
         more: further numbers.
     """
-    tell(f"done: {steps} steps, {rows} U-Net rows")
+    begun = "" if level is None else f" from noise level {level:.3g}"
+    tell(f"done: {steps} steps{begun}, {rows} network rows")
     return {"ledits": [{"steps": steps, "unet_rows": rows, **more}]}

@@ -12,7 +12,7 @@ from ..samplers.methods import inversion_statistics
 from ..samplers.methods.record import Inversion
 from . import sockets
 from .drawing.card import MEASURED, THEORY, Card, Chart, Series
-from .drawing.pixels import to_batch, to_image
+from .drawing.pixels import decoded, to_batch, to_image
 from .feedback import show
 from .inversion_inputs import CATEGORY, latent_size
 
@@ -90,15 +90,20 @@ def _preview(inversion: Inversion):
             latent_format.latent_rgb_factors_reshape,
         )
     if previewer is None:  # a format without colours: the mean of its channels
-        return lambda latent: latent_preview.preview_to_image(repeat(latent[0].mean(0) / 2, "h w -> h w c", c=3))
+        return lambda latent: latent_preview.preview_to_image(repeat(_first_frame(latent).mean(0) / 2, "h w -> h w c", c=3))
     return lambda latent: previewer.decode_latent_to_preview(latent.to(device))
+
+
+def _first_frame(latent):
+    """[C, H, W] of [1, C, H, W], or of a video's [1, C, T, H, W]."""
+    return latent[0, :, 0] if latent.ndim == 5 else latent[0]
 
 
 def _with_vae(inversion: Inversion, vae):
     """As `_preview`, by the VAE."""
 
     def decode(latent):
-        return to_image(vae.decode(inversion.latent_format.process_out(latent))[0, ..., :3])
+        return to_image(decoded(vae, inversion.latent_format.process_out(latent))[0, ..., :3])
 
     return decode
 
@@ -115,8 +120,8 @@ def _compared(inversion: Inversion, reconstruction, vae):
         difference = inversion.latent_format.process_in(samples) - picture
         error = inversion_statistics.rms(difference) / inversion_statistics.rms(picture)
         return [f"{100 * float(e):.2g} %" for e in error], "picture error"
-    a, b = (vae.decode(x)[..., :3].double().cpu() for x in (samples, inversion.latent_format.process_out(picture)))
-    mse = (a - b).square().flatten(1).mean(1)
+    a, b = (decoded(vae, x)[..., :3].double().cpu() for x in (samples, inversion.latent_format.process_out(picture)))
+    mse = (a - b).square().reshape(len(samples), -1).mean(1)
     return [f"{float(-10 * e.clamp(min=1e-12).log10()):.1f} dB" for e in mse], "PSNR to picture"
 
 

@@ -3,10 +3,12 @@
 import comfy.model_management
 import comfy.sample
 import comfy.samplers
+import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.samplers import CFGGuider
 from comfy_api.latest import io
 
+from ..samplers import models
 from ..samplers.methods.noise_regularisation import NoiseRegularisation
 from ..samplers.methods.record import Inversion, check_latent, check_sigmas
 from ..samplers.phased import PhasedSampler
@@ -23,7 +25,7 @@ def noise_levels(model: ModelPatcher, scheduler, steps, sigmas=None):
     """
     if sigmas is None:
         sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), scheduler, steps)
-    check_sigmas(sigmas)
+    check_sigmas(sigmas, models.family(model))
     return sigmas.float().cpu()
 
 
@@ -50,10 +52,16 @@ def level_inputs():
     """The noise levels of a path."""
     return [
         io.Int.Input("steps", default=50, min=1, max=1000,
-                     tooltip="Steps of the whole path; the edit runs on the same ones."),
-        io.Combo.Input("scheduler", options=comfy.samplers.SCHEDULER_NAMES, default="ddim_uniform",
-                       tooltip="Spacing of the noise levels. ddim_uniform is the papers'."),
+                     tooltip="Steps of the whole path; the edit runs on the same ones. Published: 50 for Stable "
+                     "Diffusion and SD3, 28 for Flux.1-dev."),
+        scheduler_input(),
     ]
+
+
+def scheduler_input():
+    return io.Combo.Input("scheduler", options=comfy.samplers.SCHEDULER_NAMES, default="simple",
+                          tooltip="Spacing of the noise levels. simple gives the steps asked for on every model; "
+                          "ddim_uniform is diffusers' spacing, but ComfyUI's gives 31 steps for 30.")
 
 
 def seed_input():
@@ -71,7 +79,48 @@ def outputs(inversion="The path, for a LEDITS sampler."):
     return [
         sockets.Inversion.Output(display_name="inversion", tooltip=inversion),
         io.Latent.Output(display_name="x_T", tooltip="The noisiest latent, where an unskipped edit begins."),
+        io.Noise.Output(display_name="noise", tooltip="The path's noise, for a stock sampler that is to begin at x_T: "
+                        "connect x_T as its latent. (On flow models a latent alone cannot: their samplers take nothing "
+                        "of it at the highest noise level.)"),
     ]
+
+
+class PathNoise:
+    """NOISE with which a stock sampler begins at the first latent of an inversion.
+
+    Flow models begin at `(1 - s) * latent + s * noise`, so that the noise is solved for the latent that is connected;
+    variance-exploding ones at `latent + sigma * noise`, where x_T is the latent itself and the noise is 0.
+    """
+
+    seed = 0  # some conditionings compute with it
+
+    def __init__(self, inversion: Inversion):
+        self.inversion = inversion
+
+    def generate_noise(self, latent):
+        """As of core's NOISE: of a LATENT, a tensor of its shape.
+
+        Raises:
+            ValueError: the LATENT has another shape, or is not x_T where it must be.
+        """
+        path, samples = self.inversion, latent["samples"].float().cpu()
+        start, level = path.latents[0], float(path.sigmas[0])
+        given = path.latent_format.process_in(samples) if samples.any() else samples
+        if given.shape != start.shape:
+            raise ValueError(
+                f"The LATENT has shape {list(given.shape)}, the inversion {list(start.shape)}: connect its x_T as latent."
+            )
+        if path.kind.highest > 1:
+            if not torch.allclose(given, start, rtol=1e-3, atol=1e-3 * float(start.std())):
+                raise ValueError("Connect the inversion's x_T as the latent of a sampler that takes the inversion's noise.")
+            return torch.zeros_like(samples)
+        return path.kind.noise(start, given, level) / path.settings.get("noise_scale", 1.0)
+
+
+def output(inversion: Inversion, x_T: torch.Tensor, rows: int, **more):
+    """What an inversion node returns. `x_T` as in a LATENT; `rows` and `more` as in `feedback.costs`."""
+    ui = feedback.costs(rows, inversion.steps, **more)
+    return io.NodeOutput(inversion, {"samples": x_T}, PathNoise(inversion), ui=ui)
 
 
 def picture(model: ModelPatcher, latent):

@@ -5,12 +5,12 @@ from comfy_api.latest import io
 from ..samplers import gradients
 from ..samplers.gradient_inverters import NullTextInverter, StyleDiffusionInverter
 from ..samplers.guider import LeditsGuider
-from . import feedback
 from .inversion_inputs import (
     CATEGORY,
     guidance_input,
     level_inputs,
     noise_levels,
+    output,
     outputs,
     picture,
     run,
@@ -60,8 +60,7 @@ def _inverted(inverter, *, model, positive, negative, latent, cfg, steps, schedu
         guider = LeditsGuider(differentiable, positive, negative, cfg)
         x_T = run(guider, inverter, samples, sigmas)
     inversion = inverter.inversion
-    costs = feedback.costs(guider.rows, inversion.steps, loss=inversion.settings.get("loss"))
-    return io.NodeOutput(inversion, {"samples": x_T}, ui=costs)
+    return output(inversion, x_T, guider.rows, loss=inversion.settings.get("loss"))
 
 
 class NullTextInversion(io.ComfyNode):

@@ -9,9 +9,12 @@ from . import feedback, sockets
 from .edit_inputs import (
     attention_inputs,
     cfg_input,
+    chosen_eta,
     edit,
     edit_inputs,
+    eta_input,
     fine_inputs,
+    free_steps_input,
     path_inputs,
     sigmas_after,
     skip_input,
@@ -37,21 +40,22 @@ class LeditsKSampler(io.ComfyNode):
                 cfg_input(),
                 skip_input(),
                 *fine_inputs(),
+                eta_input(),
             ],
             outputs=[io.Latent.Output(display_name="latent", tooltip="The edited picture, for VAE Decode.")],
         )
 
     @classmethod
     def execute(cls, model, positive, negative, inversion, cfg, skip, concepts=None, mask=None, solver=SOLVERS[0],
-                attention=None, store=None):
+                attention=None, store=None, eta=-1.0):
         models.check(model, inversion)
         sigmas = sigmas_after(inversion, skip)
         guider = LeditsGuider(model, positive, negative, cfg, concepts=concepts or ())
-        sampler = LeditsSampler(inversion, solver=solver, attention=attention, store=store)
+        sampler = LeditsSampler(inversion, solver=solver, attention=attention, store=store, eta=chosen_eta(eta))
         out = {"samples": edit(guider, sampler, sigmas, mask=mask)}
         if sampler.observed is not None:
             out[sockets.OBSERVED] = sampler.observed
-        return io.NodeOutput(out, ui=feedback.costs(guider.rows, len(sigmas) - 1))
+        return io.NodeOutput(out, ui=feedback.costs(guider.rows, len(sigmas) - 1, level=float(sigmas[0])))
 
 
 class LeditsGuiderNode(io.ComfyNode):
@@ -86,7 +90,9 @@ class LeditsSamplerNode(io.ComfyNode):
             category=CATEGORY,
             description="The LEDITS update along an inverted picture's path, as SAMPLER and SIGMAS for "
             "SamplerCustomAdvanced. Connect the inversion's x_T as latent and Disable Noise as noise.",
-            inputs=[*path_inputs(), skip_input(), solver_input(), *attention_inputs()],
+            inputs=[
+                *path_inputs(), skip_input(), solver_input(), *attention_inputs(), eta_input(), free_steps_input(),
+            ],
             outputs=[
                 io.Sampler.Output(display_name="sampler", tooltip="For SamplerCustomAdvanced."),
                 io.Sigmas.Output(display_name="sigmas",
@@ -95,8 +101,9 @@ class LeditsSamplerNode(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, inversion, skip, solver=SOLVERS[0], attention=None, store=None):
-        sampler = LeditsSampler(inversion, solver=solver, attention=attention, store=store)
+    def execute(cls, inversion, skip, solver=SOLVERS[0], attention=None, store=None, eta=-1.0, free_steps=0):
+        sampler = LeditsSampler(inversion, solver=solver, attention=attention, store=store, eta=chosen_eta(eta),
+                                free_steps=free_steps)
         sampler.on_phase = feedback.tell
         return io.NodeOutput(sampler, sigmas_after(inversion, skip))
 

@@ -8,12 +8,12 @@ from ..samplers import models
 from ..samplers.methods import ddim
 from ..samplers.methods.edit_friendly import draw_noise
 from ..samplers.methods.record import Inversion
-from . import feedback
 from .inversion_inputs import (
     CATEGORY,
     latent_input,
     level_inputs,
     noise_levels,
+    output,
     outputs,
     picture,
     seed_input,
@@ -42,7 +42,7 @@ class SDEditPath(io.ComfyNode):
     def execute(cls, model, latent, steps, scheduler, seed, sigmas=None):
         family, sigmas = models.family(model), noise_levels(model, scheduler, steps, sigmas)
         y0 = model.model.process_latent_in(picture(model, latent).float().cpu())
-        latents = ddim.one_noise_path(y0, sigmas, draw_noise(y0.shape, 1, seed)[0], family=family)
+        latents = ddim.one_noise_path(y0, sigmas, draw_noise(y0.shape, 1, seed)[0] * models.noise_scale(model), family=family)
         inversion = Inversion(
             sigmas=sigmas,
             latents=latents,
@@ -54,7 +54,7 @@ class SDEditPath(io.ComfyNode):
             latent_format=model.model.latent_format,
         )
         x_T = model.model.process_latent_out(latents[0]).to(comfy.model_management.intermediate_device())
-        return io.NodeOutput(inversion, {"samples": x_T}, ui=feedback.costs(0, inversion.steps))
+        return output(inversion, x_T, 0)
 
 
 NODES = [SDEditPath]

@@ -69,7 +69,7 @@ class PackInversion(io.ComfyNode):
             shape = (inversion.steps, *inversion.latents.shape[1:])
             maps = cls._shaped(noise_maps, shape, "noise_maps")
         if sigmas is not None:
-            check_sigmas(sigmas)
+            check_sigmas(sigmas, inversion.kind)
             if sigmas.shape != inversion.sigmas.shape:
                 raise ValueError(f"SIGMAS hold {len(sigmas)} levels; this inversion has {len(inversion.sigmas)}.")
         return io.NodeOutput(inversion.with_parts(latents, maps, sigmas))

@@ -34,7 +34,7 @@ class _Learner(PhasedSampler):
     def run(self, run: Run) -> torch.Tensor:
         model, steps = run.model, run.steps
         family = models.family(model)
-        check_sigmas(run.sigmas)
+        check_sigmas(run.sigmas, family)
         check_latent(run.latent_image)
         with torch.inference_mode(False), torch.no_grad():
             predict = Predictor(run.guider, run.options)

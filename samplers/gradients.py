@@ -31,16 +31,17 @@ _MORE_THAN_WORDS = ("control", "gligen", "hooks", "area", "mask", "start_percent
 
 
 def check(model: ModelPatcher):
-    """Refuse a MODEL that is not a U-Net.
+    """Refuse a MODEL that is not a U-Net of a diffusion model.
 
     Raises:
         ValueError: what it is.
     """
-    models.family(model)
-    if not isinstance(model.get_model_object("diffusion_model"), UNetModel):
+    variance_exploding = models.family(model).highest > 1
+    if not (variance_exploding and isinstance(model.get_model_object("diffusion_model"), UNetModel)):
         raise ValueError(
-            f"{type(model.model).__name__} is not a U-Net. Inversions that learn need one: SD 1.x, SD 2.x, SDXL and "
-            "checkpoints made from them. Use an inversion without learning (Direct Inversion, for example)."
+            f"{type(model.model).__name__} is not a U-Net of Stable Diffusion's kind (flow models are not). Inversions "
+            "that learn need one: SD 1.x, SD 2.x, SDXL and checkpoints made from them. Use an inversion without learning "
+            "(Direct Inversion, or Edit-Friendly DDPM Inversion)."
         )
 
 

@@ -6,6 +6,7 @@ import comfy.samplers
 
 from ..attention_hooks.conditioning import equal_but, in_range
 from ..attention_hooks.edits import BRANCHES_DIFFER
+from .methods.families import slope
 from .methods.sega import Sega
 from .methods.shapes import append_dims
 
@@ -24,6 +25,9 @@ def one_serves_both(a: list[dict], b: list[dict]) -> bool:
 
 class LeditsGuider(comfy.samplers.CFGGuider):
     """GUIDER of an edit: `D = D_u + cfg * (D_p - D_u) - sigma * gamma`, gamma by SEGA (arXiv 2301.12247).
+
+    gamma is in units of eps, of flow models in units of the velocity, in which it is finite at level 1 too. Thresholds
+    are the same in both, momentum is not.
 
     Works with every SAMPLER; warm-up and cool-down count the steps of the schedule that is run. A prediction that
     cannot matter is not made: the positive at cfg 0, the negative at cfg 1, a second one where both are equal, a
@@ -81,8 +85,8 @@ class LeditsGuider(comfy.samplers.CFGGuider):
             return denoised
 
         sigma = append_dims(timestep, x.ndim)
-        eps = {i: (x - d) / sigma for i, d in zip(wanted, pushed)}
-        gamma = self._sega(step, (x - predictions[1]) / sigma if wanted else None, eps)
+        eps = {i: slope(x, d, sigma) for i, d in zip(wanted, pushed)}
+        gamma = self._sega(step, slope(x, predictions[1], sigma) if wanted else None, eps)
         return denoised if gamma is None else denoised - sigma * gamma
 
     def _one_serves_both(self):

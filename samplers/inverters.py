@@ -1,23 +1,25 @@
-"""SAMPLER objects that invert: run through a guider, so that ComfyUI loads, hooks, previews and cleans up."""
+"""SAMPLER objects that invert: run through a guider, so that ComfyUI loads, hooks, previews and cleans up.
 
-from dataclasses import replace
+Here what all share, and the inversion of known paths; those that follow the model's ODE are in `ode_inverters`.
+"""
 
+import comfy.model_base
 import comfy.model_management
 import torch
 from comfy.samplers import CFGGuider
 from tqdm.auto import trange
 
+from ..attention_hooks.conditioning import repeats_by_picture
 from . import models
-from .methods import ddim, edit_friendly
+from .methods import edit_friendly
 from .methods.record import Inversion, check_latent, check_sigmas
-from .overrides import Overrides
 from .phased import PhasedSampler, Run
 
 # Pictures in one call: on a CPU 16 take a tenth less time than calls of 4 each, and 64 a fifth more.
 _MOST_PICTURES = 16
 
 
-class _AlongPath(PhasedSampler):
+class AlongPath(PhasedSampler):
     """Base class: evaluations at the path's levels, shown as they come.
 
     `sample` returns `x_T`; the whole record is then in `inversion`.
@@ -25,7 +27,7 @@ class _AlongPath(PhasedSampler):
 
     inversion, phase = None, "inverting"
 
-    def _denoiser(self, run: Run, bar, pictures: int, upwards=False, extra_args: dict | None = None):
+    def denoiser(self, run: Run, bar, pictures: int, upwards=False, extra_args: dict | None = None):
         """`(y, sigma, i) -> D` as the functions of `ddim` and `edit_friendly` take it.
 
         Args:
@@ -47,7 +49,8 @@ class _AlongPath(PhasedSampler):
 
         return denoise
 
-    def _record(self, run: Run, latents: torch.Tensor, rest: torch.Tensor | None, etas: torch.Tensor, method: str):
+    def record(self, run: Run, latents: torch.Tensor, rest: torch.Tensor | None, etas: torch.Tensor, method: str):
+        scale = models.noise_scale(run.model)
         self.inversion = Inversion(
             sigmas=run.sigmas.float().cpu(),
             latents=latents.cpu(),
@@ -56,134 +59,51 @@ class _AlongPath(PhasedSampler):
             family=models.family(run.model).name,
             model=models.describe(run.model),
             method=method,
-            settings=self.settings,
+            settings=self.settings if scale == 1 else {**self.settings, "noise_scale": scale},
             latent_format=run.model.model.latent_format,
         )
         return latents[0]
 
 
-class EditFriendlyInverter(_AlongPath):
-    """Edit-friendly DDPM inversion (arXiv 2304.06140).
+class EditFriendlyInverter(AlongPath):
+    """Edit-friendly DDPM inversion (arXiv 2304.06140), and its relatives with other noise in the path.
 
     Args:
         seed: of the path's noise, see `edit_friendly.draw_noise`.
         etas: float32 [N].
         steps_at_once: U-Net evaluations of different steps in one batch; 0 chooses, see `levels_at_once`.
-        settings: goes into the record.
-    """
-
-    def __init__(self, seed: int, etas: torch.Tensor, steps_at_once=0, settings: dict | None = None):
-        self.seed, self.etas, self.steps_at_once, self.settings = seed, etas, steps_at_once, settings or {}
-
-    def run(self, run: Run) -> torch.Tensor:
-        family, picture = models.family(run.model), run.latent_image
-        check_sigmas(run.sigmas)
-        check_latent(picture)
-        draws = edit_friendly.draw_noise(picture.shape, run.steps, self.seed).to(picture)
-        latents = edit_friendly.noisy_path(picture, run.sigmas, draws, family=family)
-        chunk = levels_at_once(run.guider, picture.shape, run.options, self.steps_at_once)
-        with trange(run.steps, disable=run.quiet) as bar:
-            denoise = self._denoiser(run, bar, len(picture))
-            rest = edit_friendly.residuals(latents, run.sigmas, self.etas, denoise, chunk, family=family)
-        return self._record(run, latents, rest.cpu(), self.etas, "edit-friendly DDPM")
-
-
-class DDIMInverter(_AlongPath):
-    """DDIM inversion, see `ddim.invert`; the path is the record's source branch, without noise maps.
-
-    Args:
-        convention, refinements, tolerance, regularise: see `ddim.invert`.
+        noise: of the path, one of `edit_friendly.NOISES`.
         method, settings: go into the record.
     """
 
-    def __init__(self, convention="A", refinements=0, tolerance=0.0, method="DDIM", settings=None, regularise=None):
-        if convention not in ddim.CONVENTIONS:
-            raise ValueError(f"Unknown convention '{convention}': choose one of {', '.join(ddim.CONVENTIONS)}.")
-        self.convention, self.refinements, self.tolerance = convention, refinements, tolerance
-        self.method, self.settings, self.regularise = method, settings or {}, regularise
+    def __init__(self, seed: int, etas: torch.Tensor, steps_at_once=0, noise="independent",
+                 method="edit-friendly DDPM", settings: dict | None = None):
+        if noise not in edit_friendly.NOISES:
+            raise ValueError(f"Unknown noise '{noise}': choose one of {', '.join(edit_friendly.NOISES)}.")
+        self.seed, self.etas, self.steps_at_once, self.noise = seed, etas, steps_at_once, noise
+        self.method, self.settings = method, settings or {}
 
     def run(self, run: Run) -> torch.Tensor:
         family, picture = models.family(run.model), run.latent_image
-        check_sigmas(run.sigmas)
+        check_sigmas(run.sigmas, family)
         check_latent(picture)
-        lowest = float(run.model.get_model_object("model_sampling").sigma_min)
+        draws = edit_friendly.draw_noise(picture.shape, run.steps, self.seed).to(picture)
+        scale = models.noise_scale(run.model)
+        draws = draws if scale == 1 else draws * scale
+        latents = edit_friendly.PATHS[self.noise](picture, run.sigmas, draws, family=family)
+        chunk = levels_at_once(run.guider, picture.shape, run.options, self.steps_at_once)
         with trange(run.steps, disable=run.quiet) as bar:
-            denoise = self._denoiser(run, bar, len(picture), upwards=True)
-            latents = ddim.invert(
-                picture, run.sigmas, denoise, family=family, scaling=models.scaling(run.model),
-                convention=self.convention, refinements=self.refinements, tolerance=self.tolerance, lowest=lowest,
-                regularise=self.regularise,
-            )
-        if not torch.isfinite(latents[0]).all():
-            raise ValueError(
-                "The inversion did not converge: invert at cfg 1, or with fewer refinements. With both already low, "
-                "the model itself gave NaN or infinite numbers (--force-fp32 helps where float16 is the cause)."
-            )
-        return self._record(run, latents, None, torch.zeros(run.steps), self.method)
-
-
-class SourceBranch(_AlongPath):
-    """Replaces a record's path by one that is sampled at the guider's guidance, see `ddim.simulate`.
-
-    Args:
-        inversion: a record without noise maps; embeddings it prescribes are used.
-        scale, every: see `ddim.simulate`.
-        method: goes into the record.
-    """
-
-    phase = "sampling the source"
-
-    def __init__(self, inversion: Inversion, scale=0.0, every=1, method: str | None = None):
-        self.inversion, self.scale, self.every = inversion, scale, every
-        self.method = method or inversion.method
-
-    def run(self, run: Run) -> torch.Tensor:
-        path = self.inversion
-        prescribed = Overrides(run, path)
-        with trange(path.steps, disable=run.quiet) as bar:
-            evaluate = self._denoiser(run, bar, path.batch, extra_args=prescribed.extra_args)
-
-            def denoise(y, sigma, i):
-                prescribed.apply(i)
-                return evaluate(y, sigma, i)
-
-            latents = path.latents.to(run.device)
-            branch = ddim.simulate(latents, path.sigmas, denoise, self.scale, self.every, family=path.kind)
-        self.inversion = replace(path, latents=branch.cpu(), method=self.method)
-        return branch[0]
-
-
-class TargetOffset(_AlongPath):
-    """Gives a record without noise maps what each of its DDIM steps lacks of the path at the guider's guidance.
-
-    An edit then adds the source's offset to its own branch ("add-source" in the ablations of arXiv 2310.01506).
-
-    Args:
-        inversion: a record without noise maps or prescribed embeddings.
-        steps_at_once: see `EditFriendlyInverter`.
-        method: goes into the record.
-    """
-
-    phase = "measuring the offset"
-
-    def __init__(self, inversion: Inversion, steps_at_once=0, method: str | None = None):
-        self.inversion, self.steps_at_once = inversion, steps_at_once
-        self.method = method or inversion.method
-
-    def run(self, run: Run) -> torch.Tensor:
-        path = self.inversion
-        latents, levels = path.latents.to(run.device), path.sigmas.to(run.device)
-        chunk = levels_at_once(run.guider, run.noise.shape, run.options, self.steps_at_once)
-        with trange(path.steps, disable=run.quiet) as bar:
-            denoise = self._denoiser(run, bar, path.batch)
-            rest = edit_friendly.residuals(latents, levels, path.etas, denoise, chunk, family=path.kind)
-        self.inversion = replace(path, residuals=rest.cpu(), method=self.method)
-        return latents[0]
+            denoise = self.denoiser(run, bar, len(picture))
+            rest = edit_friendly.residuals(latents, run.sigmas, self.etas, denoise, chunk, family=family)
+        return self.record(run, latents, rest.cpu(), self.etas, self.method)
 
 
 def levels_at_once(model_wrap: CFGGuider, shape, options: dict, wanted=0) -> int:
     """Steps of a known path to evaluate in one call: `wanted`, or at 0 what memory and _MOST_PICTURES allow."""
-    if not can_batch_levels(model_wrap.conds, options):
+    entries = [entry for cond in model_wrap.conds.values() for entry in cond]
+    if not (can_batch_levels(model_wrap.conds, options) and repeats_by_picture(entries, shape[0])):
+        return 1
+    if isinstance(model_wrap.inner_model, comfy.model_base.HunyuanVideo) and one_level_only(model_wrap, entries):
         return 1
     if wanted:
         return wanted
@@ -192,6 +112,13 @@ def levels_at_once(model_wrap: CFGGuider, shape, options: dict, wanted=0) -> int
     # asked for more than 0.8 of it here, it would split again, which only costs time.
     need = 1.5 * model_wrap.inner_model.memory_required([2 * shape[0], *shape[1:]])
     return int(min(max(free * 0.8 // need, 1), max(_MOST_PICTURES // shape[0], 1)))
+
+
+def one_level_only(model_wrap: CFGGuider, entries: list[dict]) -> bool:
+    """Whether a HunyuanVideo network wants rows of one level: with a mask of its words it takes a single row, and where
+    it was distilled with mean flow it looks up the next level by the first row's."""
+    masked = any("attention_mask" in entry.get("model_conds", {}) for entry in entries)
+    return masked or bool(model_wrap.inner_model.model_config.unet_config.get("meanflow"))
 
 
 def can_batch_levels(conds: dict, options: dict) -> bool:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import comfy.model_management
 import torch
+from einops import reduce, repeat
 from tqdm.auto import trange
 
 from ..attention_hooks.edits import Control
@@ -24,8 +25,9 @@ SOLVERS = ("ddpm", "dpmpp_2m_sde")
 class LeditsSampler(PhasedSampler):
     """The LEDITS update along a stored path (arXiv 2307.00522, eq. 3): `y_next = keep * y + take * D + R`.
 
-    Starts on the path at the first of the SIGMAS it is given, which must be a consecutive part of the inversion's.
-    Noise and latent of the caller are not used. Outside a mask the picture stays on the stored path.
+    Starts on the path at the first of the SIGMAS it is given, which must be a consecutive part of the inversion's; or,
+    given the latent that an earlier stage of the same path has left there (SplitSigmas), with that. Outside a mask the
+    picture stays on the stored path. With eta 0 it is FlowEdit (arXiv 2412.08629).
 
     Args:
         inversion: the path.
@@ -33,6 +35,8 @@ class LeditsSampler(PhasedSampler):
         attention: chained attention controls (`attention_hooks.edits.Control`).
         store: a kept `AttentionStore` in place of their source pass.
         source_steps: steps of the source pass in one call; 0 chooses by memory.
+        eta: stochasticity of the edit's steps, 0..1, see `Inversion.with_eta`; None as the inversion was made.
+        free_steps: so many steps at the end follow the prompt alone, without the path's noise maps (FlowEdit's n_min).
 
     Attributes:
         observed: maps and masks of the last run's attention controls, `attention_hooks.observed.Observed` or None.
@@ -42,17 +46,18 @@ class LeditsSampler(PhasedSampler):
     observed = None
 
     def __init__(self, inversion: Inversion, solver="ddpm", attention: Sequence[Control] = (),
-                 store: AttentionStore | None = None, source_steps=0):
+                 store: AttentionStore | None = None, source_steps=0, eta: float | None = None, free_steps=0):
         if solver not in SOLVERS:
             raise ValueError(f"Unknown solver '{solver}': choose one of {', '.join(SOLVERS)}.")
-        self.inversion, self.solver = inversion, solver
+        self.inversion = inversion if eta is None else inversion.with_eta(eta)
+        self.solver, self.free_steps = solver, free_steps
         self.attention, self.store, self.source_steps = tuple(attention or ()), store, source_steps
 
     def run(self, run: Run) -> torch.Tensor:
         path, steps, mask = self.inversion, run.steps, run.denoise_mask
         self.observed = None
         start, prescribed, attention = self.begin(run)
-        y, levels_there = path.latents[start].to(run.device), path.sigmas.to(run.device)
+        y, levels_there = self._first(run, start), path.sigmas.to(run.device)
         edit, source = _History(self.solver, path.kind), _History(self.solver, path.kind)
         mask_at = functools.partial(_mask_at, run)
         progress = _Progress(run, self.tell, self.phase, 0 if attention is None else attention.source_steps())
@@ -68,16 +73,50 @@ class LeditsSampler(PhasedSampler):
                 extra_args = extra_args | {"model_options": attention.prepare(i)}
                 moved = attention.before_step(i, y, extra_args["model_options"], latent_gradient)
                 y = moved if mask is None else y + mask_at(i - start) * (moved - y)
-            denoised = run.guider(y, levels_there[i].repeat(len(y)), **extra_args)
+            seen = y if path.shifts is None else y + path.shifts[i].to(run.device)
+            denoised = run.guider(seen, levels_there[i].repeat(len(y)), **extra_args)
             progress.edited(denoised, y)
-            y = step.keep * y + step.take * edit(denoised, *levels) + residual
+            y = step.keep * y + step.take * edit(denoised, *levels)
+            if i < path.steps - self.free_steps:
+                y = self._one_edit(y + residual, i)
             if attention is not None:
                 y = attention.after_step(i, y)
             if mask is not None:
                 free = mask_at(min(i + 1 - start, steps - 1))
                 y = free * y + (1 - free) * path.latents[i + 1].to(run.device)
         self.observed = None if attention is None else attention.observed(y)
-        return y
+        return models.leave(run.model, levels_there[start + steps], y[: path.batch // path.draws])
+
+    def _first(self, run: Run, start: int) -> torch.Tensor:
+        """The latent that path step `start` begins with, [B, C, ...].
+
+        Raises:
+            ValueError: the LATENT is neither this path's picture or x_T, nor an earlier stage's.
+        """
+        path, given = self.inversion, run.latent_image
+        y, picture, x_T = (path.latents[i].to(run.device) for i in (start, -1, 0))
+        if given is None or not given.any() or any(_near(given, latent) for latent in (picture, x_T)):
+            return y
+        left = models.enter(run.model, run.sigmas[0], run.noise, given)
+        clean = path.kind.noisy(picture, float(path.sigmas[start]), torch.zeros_like(picture))
+        noise = (y - clean).flatten(1)
+        share = ((left - clean).flatten(1) * noise).sum(1) / noise.square().sum(1)  # of the path's noise in it
+        if not (share > 0.5).all():
+            raise ValueError(
+                "The LATENT is not of this inversion: neither its picture or x_T, nor what an earlier stage on the same "
+                "path has left at the first of the SIGMAS. Connect the x_T that the inversion node gives, or the output "
+                "of the stage before, with the SIGMAS that follow it (SplitSigmas)."
+            )
+        return left
+
+    def _one_edit(self, y: torch.Tensor, i: int) -> torch.Tensor:
+        """After step i: the draws of a picture go on with their mean edit (FlowEdit's n_avg)."""
+        path = self.inversion
+        if path.draws == 1:
+            return y
+        there = path.latents[i + 1].to(y)
+        change = reduce(y - there, "(k b) ... -> b ...", "mean", k=path.draws)
+        return there + repeat(change, "b ... -> (k b) ...", k=path.draws)
 
     def begin(self, run: Run) -> tuple[int, Overrides, AttentionRun | None]:
         """Everything of a run that comes before its first prediction, and can be refused.
@@ -96,6 +135,15 @@ class LeditsSampler(PhasedSampler):
                 f"The LATENT has shape {list(run.noise.shape)}, the inversion {list(path.latents.shape[1:])}: connect "
                 "the x_T that the inversion node gives."
             )
+        if not 0 <= self.free_steps <= path.steps:
+            raise ValueError(f"free_steps is {self.free_steps}, but the inversion has {path.steps} steps.")
+        if self.attention and (path.draws > 1 or path.shifts is not None):
+            raise ValueError(
+                "Attention control cannot follow an inversion of several draws or with input shifts, as its source is "
+                "one latent at each step. Invert with one draw and without input shift."
+            )
+        if run.denoise_mask is not None:
+            models.check_mask(run.model)
         if run.denoise_mask is not None and not run.denoise_mask.any():
             raise ValueError(
                 "The mask is empty, so nothing of the picture may change. Paint the area to edit in the mask editor, "
@@ -143,6 +191,11 @@ class _Progress:
         self._edited, self._shown = self._edited + 1, (d, y)
         self._show(d, y)
         self._tell(f"{self._phase} {self._edited}/{self._run.steps}")
+
+
+def _near(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two latents are the same but for rounding."""
+    return a.shape == b.shape and bool((a - b).norm() <= 1e-3 * b.norm())
 
 
 def _mask_at(run: Run, step: int) -> torch.Tensor:

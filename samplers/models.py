@@ -1,5 +1,6 @@
 """Checks and descriptions of a ComfyUI MODEL."""
 
+import comfy.model_base
 import comfy.model_sampling
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -8,19 +9,82 @@ from .methods.ddim import Scaling, eps_scaling
 from .methods.families import FAMILIES, Family
 from .methods.record import Inversion
 
+# Sampling that only looks like a family's: these models turn one picture into another, from no noise at all.
+_FROM_A_PICTURE = (comfy.model_sampling.IMG_TO_IMG, comfy.model_sampling.IMG_TO_IMG_FLOW)
+# What tells networks apart that are no U-Nets: settings as ComfyUI detects them in a checkpoint.
+_SHAPE = ("image_model", "model_type", "in_channels", "in_dim", "hidden_size", "dim", "num_attention_heads", "n_heads",
+          "depth", "depth_single_blocks", "num_blocks", "num_layers", "num_single_layers", "n_layers",
+          "n_double_layers", "context_in_dim", "guidance_embed")
+_KINDS = {"ve": "a diffusion model", "flow": "a flow model"}
+# Models that take the mask of a latent as a part of their input.
+_MASK_IS_INPUT = (comfy.model_base.WAN22, comfy.model_base.LTXV)
+
 
 def family(model: ModelPatcher) -> Family:
     """The family of a MODEL.
 
     Raises:
-        ValueError: a model whose step is another (flow models: SD3, Flux, ...).
+        ValueError: a model that cannot be inverted, by its name.
     """
-    if not isinstance(model.get_model_object("model_sampling"), comfy.model_sampling.EPS):
+    sampling, name = model.get_model_object("model_sampling"), type(model.model).__name__
+    if isinstance(sampling, _FROM_A_PICTURE):
         raise ValueError(
-            f"{type(model.model).__name__} is not a diffusion model of the Stable Diffusion kind (SD3 and Flux, for "
-            "example, are flow models). These nodes work with SD 1.x, SD 2.x, SDXL and checkpoints made from them."
+            f"{name} makes one picture from another in place of noise, so there is no path from noise to a picture to "
+            "invert. Use a checkpoint that makes pictures from a prompt."
         )
-    return FAMILIES["ve"]
+    _check_latents(model, name)
+    if isinstance(sampling, (comfy.model_sampling.EPS, comfy.model_sampling.COSMOS_RFLOW)):
+        return FAMILIES["ve"]  # COSMOS_RFLOW is a flow model that ComfyUI samples in variance-exploding space
+    if isinstance(sampling, comfy.model_sampling.CONST):
+        return FAMILIES["flow"]
+    raise ValueError(
+        f"{name} samples in a way that these nodes do not know. They work with Stable Diffusion (SD 1.x, SD 2.x, SDXL) "
+        "and with flow models (SD3, Flux, Qwen-Image, Z-Image, Chroma, Lumina 2, HiDream, AuraFlow, Wan, ...)."
+    )
+
+
+def _check_latents(model: ModelPatcher, name: str):
+    """Refuse latents that are no pictures of one shape throughout."""
+    latent_format = model.model.latent_format
+    kind = type(latent_format).__name__
+    if latent_format.latent_dimensions == 1 or "Audio" in kind:
+        raise ValueError(f"{name} works on sound or shapes ({kind}), not on pictures: these nodes edit pictures.")
+    if kind.endswith("AV"):
+        raise ValueError(f"{name} makes pictures and sound in one latent ({kind}), which these nodes cannot invert.")
+    if kind == "HunyuanImage21Refiner":
+        raise ValueError(
+            f"{name} refines a finished picture, in latents of another shape than those that it is given ({kind}). "
+            "Invert with the model that it refines for."
+        )
+
+
+def noise_scale(model: ModelPatcher) -> float:
+    """Standard deviation of the noise that a model starts from, 1 but for HiDream-O1."""
+    return float(getattr(model.get_model_object("model_sampling"), "noise_scale", 1.0))
+
+
+def leave(model: ModelPatcher, sigma: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """What a SAMPLER returns of a latent at level `sigma`, so that the next one's `noise_scaling` brings it back."""
+    return model.get_model_object("model_sampling").inverse_noise_scaling(sigma, y) if float(sigma) > 0 else y
+
+
+def enter(model: ModelPatcher, sigma: torch.Tensor, noise: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
+    """The latent at level `sigma` that a SAMPLER begins with: undoes `leave` where the noise is 0."""
+    return model.get_model_object("model_sampling").noise_scaling(sigma, noise.clone(), latent)
+
+
+def check_mask(model: ModelPatcher):
+    """Refuse a mask on a model that would take it as an input of its own.
+
+    Raises:
+        ValueError: what to do without it.
+    """
+    if isinstance(model.model, _MASK_IS_INPUT):
+        raise ValueError(
+            f"{type(model.model).__name__} takes the mask of a latent as an input (frames that are given), so a mask "
+            "would change its predictions and the path with them. Disconnect the mask; to keep a part of the picture, "
+            "composite the result over the source."
+        )
 
 
 def scaling(model: ModelPatcher):
@@ -46,14 +110,14 @@ def scaling(model: ModelPatcher):
 def describe(model: ModelPatcher) -> str:
     """One line that is equal for models whose latents and networks can share an inversion (LoRA does not change it)."""
     config = model.model.model_config.unet_config
-    parts = [
-        type(model.model).__name__,
-        type(model.model.latent_format).__name__,
-        f"{config.get('in_channels')} channels",
-        f"context {config.get('context_dim')}",
-        f"width {config.get('model_channels')}",
-    ]
-    return ", ".join(str(p) for p in parts)
+    parts = [type(model.model).__name__, type(model.model.latent_format).__name__]
+    eps = isinstance(model.get_model_object("model_sampling"), comfy.model_sampling.EPS)
+    if eps or "model_channels" in config:  # in the words that saved inversions hold
+        parts += [f"{config.get('in_channels')} channels", f"context {config.get('context_dim')}",
+                  f"width {config.get('model_channels')}"]
+    else:
+        parts += [f"{key} {config[key]}" for key in _SHAPE if isinstance(config.get(key), (int, str))]
+    return ", ".join(parts)
 
 
 def check(model: ModelPatcher, inversion: Inversion):
@@ -62,8 +126,12 @@ def check(model: ModelPatcher, inversion: Inversion):
     Raises:
         ValueError: names both models.
     """
-    family(model)
-    here = describe(model)
+    kind, here = family(model).name, describe(model)
+    if kind != inversion.family and here == inversion.model:
+        raise ValueError(
+            f"{type(model.model).__name__} samples as {_KINDS[kind]} here and did as {_KINDS[inversion.family]} when the "
+            "inversion was made (a ModelSampling node makes the difference). Connect the model as it was, or invert again."
+        )
     if here != inversion.model:
         raise ValueError(
             "This inversion was made with another kind of model. Invert the picture again with the model that is to "

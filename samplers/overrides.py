@@ -12,10 +12,11 @@ import comfy.samplers
 
 from ..attention_hooks.edits import VALUE_PRESCRIBED
 from .attention_taps import ValuePatch
+from .methods.negative_prompt import BESIDE_WORDS
 from .methods.record import Inversion
 from .phased import Run
 
-NAMES = ("negative", "negative_pooled", "value")
+NAMES = ("negative", "negative_pooled", "value", *(f"negative.{key}" for key in BESIDE_WORDS))
 
 
 class Overrides:
@@ -24,8 +25,8 @@ class Overrides:
     Args:
         run: of the SAMPLER.
         inversion: the path. "negative" replaces the words of every entry of the negative, "negative_pooled" their
-            pooled text; "value" changes what `to_v` sees in the positive's cross-attention, in the share of the path's
-            steps that `settings["tau_v"]` names (all without it).
+            pooled text, "negative.<key>" what else belongs to them; "value" changes what `to_v` sees in the positive's
+            cross-attention, in the share of the path's steps that `settings["tau_v"]` names (all without it).
 
     Attributes:
         extra_args: to evaluate with, in place of the run's.
@@ -36,7 +37,7 @@ class Overrides:
 
     def __init__(self, run: Run, inversion: Inversion):
         guider = run.guider
-        self._guider, self._steps, self._prescribed = guider, inversion.steps, inversion.overrides
+        self._guider, self._method, self._prescribed = guider, inversion.method, inversion.overrides
         self.extra_args = run.extra_args
         unknown = [name for name in self._prescribed if name not in NAMES]
         if unknown:
@@ -46,18 +47,18 @@ class Overrides:
             )
         self._words, self._value = self._prescribed.get("negative"), self._prescribed.get("value")
         self._value_steps = inversion.settings.get("tau_v", 1.0) * inversion.steps
-        self._device, self._pooled, self._placed = run.device, {}, None
+        self._device, self._encoded, self._placed = run.device, {}, None
         if "negative" not in guider.conds:  # a guider without one: nothing is subtracted
             self._words = None
-        elif "negative_pooled" in self._prescribed:
-            self._encode_pooled(run.noise, {"seed": run.extra_args.get("seed"), **run.encoding})
+        elif "negative_pooled" in self._prescribed or self._words is not None:
+            self._encode(run.noise, {"seed": run.extra_args.get("seed"), **run.encoding})
         if self._value is not None:
             self._watch_values()
 
     def apply(self, i: int):
         """Put the embeddings of step i (of the whole path) in place."""
         step = i if self._words is not None and len(self._words) > 1 else 0
-        if step != self._placed and (self._words is not None or self._pooled):
+        if step != self._placed and (self._words is not None or self._encoded):
             words = None if self._words is None else self._words[step]
             entries = self._guider.conds["negative"]
             self._guider.conds["negative"] = [self._replaced(k, entry, words) for k, entry in enumerate(entries)]
@@ -66,20 +67,47 @@ class Overrides:
             self._values.value = self._value[i].to(self._device) if i < self._value_steps else None
 
     def _replaced(self, k, entry, words):
-        encoded = dict(entry["model_conds"])
-        if words is not None and "c_crossattn" in encoded:
-            encoded["c_crossattn"] = comfy.conds.CONDCrossAttn(words.to(encoded["c_crossattn"].cond))
-        return {**entry, "model_conds": encoded | self._pooled.get(k, {})}
+        encoded = {**entry["model_conds"], **self._encoded.get(k, {})}
+        there = encoded.get("c_crossattn")
+        if words is not None and type(there) is comfy.conds.CONDCrossAttn:
+            encoded["c_crossattn"] = type(there)(words.to(there.cond))
+        return {**entry, "model_conds": encoded}
 
-    def _encode_pooled(self, noise, encoding):
-        """The pooled text as the model encodes it (SDXL's "y"), for each entry of the negative."""
-        pooled = self._prescribed["negative_pooled"].to(noise)
-        entries = [{**entry, "pooled_output": pooled} for entry in self._guider.conds["negative"]]
+    def _encode(self, noise, encoding):
+        """What the model makes of the prescribed prompt, for each entry of the negative, beside plain words.
+
+        Of a U-Net that is the pooled text (SDXL's "y"). A network whose words are not plain cross-attention reads more
+        from the prompt (its length, a mask, states of other encoders): there the whole entry is encoded anew.
+        """
+        negative, whole = self._guider.conds["negative"], {}
+        if self._words is not None:
+            plain = {k for k, e in enumerate(negative)
+                     if type(e["model_conds"].get("c_crossattn")) is comfy.conds.CONDCrossAttn}
+            if len(plain) < len(negative) and len(self._words) > 1:
+                raise ValueError(
+                    f"This inversion ({self._method}) prescribes other words at every step, which only U-Nets take. "
+                    "Use an inversion without learning (Direct Inversion, for example)."
+                )
+            beside = {key: self._prescribed[f"negative.{key}"].to(noise.device) for key in BESIDE_WORDS
+                      if f"negative.{key}" in self._prescribed}
+            if "attention_mask" in beside:
+                beside["attention_mask"] = beside["attention_mask"].long()
+            none = dict.fromkeys(key for e in negative for key in BESIDE_WORDS if key in e)
+            words = {"model_conds": {}, "cross_attn": self._words[0].to(noise), **none, **beside}
+            whole = {k: words for k in range(len(negative)) if k not in plain}
+        pooled = {}
+        if "negative_pooled" in self._prescribed:
+            pooled = {"pooled_output": self._prescribed["negative_pooled"].to(noise)}
+        if not (whole or pooled):
+            return
+        entries = [{**entry, **whole.get(k, {}), **pooled} for k, entry in enumerate(negative)]
         model = self._guider.inner_model
         encoded = comfy.samplers.encode_model_conds(
             model.extra_conds, entries, noise, noise.device, "negative", **encoding
         )
-        self._pooled = {k: {"y": e["model_conds"]["y"]} for k, e in enumerate(encoded) if "y" in e["model_conds"]}
+        for k, entry in enumerate(encoded):
+            made = entry["model_conds"]
+            self._encoded[k] = made if k in whole else {"y": made["y"]} if "y" in made else {}
 
     def _watch_values(self):
         """Mark the positive's rows, and add the patch that tells them by the mark."""

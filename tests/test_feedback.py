@@ -141,7 +141,7 @@ def test_the_phase_is_named_on_the_node(seen, name):
     assert all(phase in wanted for phase in PHASES[name]), told  # all of them, in this order
     if name != "custom":  # ComfyUI's own node
         assert told[0] == "loading the model"
-        assert re.fullmatch(r"done: \d+ steps, \d+ U-Net rows", told[-1])
+        assert re.fullmatch(r"done: \d+ steps(?: from noise level [\d.]+)?, \d+ network rows", told[-1])
     assert ("source pass" in " ".join(told)) == (name in ("live", "custom"))
 
 

@@ -1,6 +1,7 @@
 """Unusual and wrong inputs: a right result, or a sentence before the model has run."""
 import functools
 
+import comfy.model_sampling
 import pytest
 import torch
 from comfy_extras.nodes_custom_sampler import FlipSigmas
@@ -130,10 +131,25 @@ def test_an_empty_mask_is_refused(refused, inverted):
     refused(lambda: edit(inverted, mask=torch.zeros(1, 64, 64)), "mask is empty", "disconnect")
 
 
-def test_a_flow_model_is_refused(refused, inverted):
+def test_an_inversion_of_a_diffusion_model_is_refused_where_the_same_network_samples_as_a_flow(refused, inverted):
     flow = tiny.model("flow")
-    refused(lambda: invert(on=flow), "flow models", "SDXL", on=flow)
-    refused(lambda: edit(inverted, on=flow), "flow models", on=flow)
+    refused(lambda: edit(inverted, on=flow), "a flow model", "a diffusion model", "ModelSampling", on=flow)
+    with torch.inference_mode():
+        other = invert(on=flow)[0]
+    refused(lambda: edit(other), "a flow model", "a diffusion model", "ModelSampling")
+
+
+def test_noise_levels_of_another_kind_of_model_are_refused(refused):
+    flow = tiny.model("flow")
+    refused(lambda: invert(on=flow, sigmas=torch.tensor([14.6, 3.0, 0.0])), "begin at 14.6", "up to 1", on=flow)
+
+
+def test_a_model_that_turns_pictures_into_pictures_is_refused(refused):
+    for of in (comfy.model_sampling.IMG_TO_IMG, comfy.model_sampling.IMG_TO_IMG_FLOW):
+        other = tiny.model().clone()
+        sampling = type("Sampling", (comfy.model_sampling.ModelSamplingDiscreteFlow, of), {})()
+        other.add_object_patch("model_sampling", sampling)
+        refused(lambda other=other: invert(on=other), "makes one picture from another", on=other)
 
 
 @pytest.mark.parametrize("prompt", ["", "  \n"])

@@ -166,7 +166,7 @@ REFUSED = {  # name: (what to do to the file, words of the refusal)
     "NaN": (lambda raw: change(raw, lambda p: p.numbers("latents", [0.0, NAN])), "NaN"),
     "NaN in sigmas": (lambda raw: change(raw, lambda p: p.numbers("sigmas", [NAN])), "NaN"),
     "eta 2": (lambda raw: change(raw, lambda p: p.numbers("etas", [2.0])), "between 0 and 1"),
-    "family": (lambda raw: change(raw, word("family", "flow")), "family"),
+    "family": (lambda raw: change(raw, word("family", "cascade")), "family"),
     "a class to make": (lambda raw: change(raw, word("latent_format", '{"name": "os.system"}')), "latent format"),
     "other channels": (lambda raw: change(raw, word("latent_format", '{"name": "SD3"}')), "16"),
     "scale 0": (lambda raw: change(raw, word("latent_format", '{"name": "SD15", "scale_factor": 0}')), "impossible scale"),

@@ -213,7 +213,7 @@ def test_rows_count_forward_and_backward():
 
 
 def test_models_and_prompts_that_cannot_be_learned_with_are_refused():
-    with pytest.raises(ValueError, match="flow models"):
+    with pytest.raises(ValueError, match="flow models are not"):
         invert("sd1", on=tiny.model("flow"))
     other = tiny.model()
     other.add_object_patch("diffusion_model", torch.nn.Identity())

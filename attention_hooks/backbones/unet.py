@@ -33,7 +33,8 @@ class UNet:
             raise ValueError(
                 f"{name} has no U-Net with self- and cross-attention ({type(diffusion_model).__name__}; SD3 and Flux, for "
                 "example, are built otherwise). Attention control works with SD 1.x, SD 2.x, SDXL and checkpoints made "
-                "from them."
+                "from them. On other models edit with a target prompt alone (LEDITS KSampler or FlowEdit), with concepts "
+                "and with a mask."
             )
         self.layout = _layout(diffusion_model)
 

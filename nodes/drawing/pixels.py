@@ -18,3 +18,9 @@ def to_tensor(image: Image.Image) -> torch.Tensor:
 def to_batch(images: list[Image.Image]) -> torch.Tensor:
     """Images of one size as IMAGE [B, H, W, 3], on the CPU."""
     return torch.stack([to_tensor(image) for image in images])
+
+
+def decoded(vae, samples: torch.Tensor) -> torch.Tensor:
+    """A LATENT's samples as IMAGE [B, H, W, 3], as VAE Decode gives it: frames of a video one after another."""
+    pictures = vae.decode(samples)
+    return pictures.flatten(0, 1) if pictures.ndim == 5 else pictures

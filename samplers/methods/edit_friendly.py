@@ -38,6 +38,23 @@ def noisy_path(y0: torch.Tensor, sigmas: torch.Tensor, noise: torch.Tensor, *, f
     return torch.cat([family.noisy(y0, levels, noise), y0[None]])
 
 
+def brownian_path(y0: torch.Tensor, sigmas: torch.Tensor, noise: torch.Tensor, *, family: Family) -> torch.Tensor:
+    """As `noisy_path`, but every level adds to the noise of the one below: what the forward process draws.
+
+    The path of CycleDiffusion (arXiv 2210.05559) and sync-SDE (arXiv 2509.24223). With a prediction equal to the picture
+    its noise maps at eta 1 have the variance 1 of DDPM's own noise.
+    """
+    levels, path = sigmas.tolist(), [y0]
+    for i in range(len(levels) - 2, -1, -1):
+        path.append(family.noisier(path[-1], levels[i + 1], levels[i], noise[i]))
+    return torch.stack(path[::-1])
+
+
+# Where the noise of a path comes from, by the name of the choice.
+PATHS = {"independent": noisy_path, "Brownian": brownian_path}
+NOISES = tuple(PATHS)
+
+
 def residuals(latents: torch.Tensor, sigmas: torch.Tensor, etas: torch.Tensor, denoise: Callable, chunk=1, *,
               family: Family) -> torch.Tensor:
     """Residuals R_i = y_{i+1} - keep * y_i - take * D_i of a path (arXiv 2304.06140, eq. 5, before its division).

@@ -42,19 +42,23 @@ def noise(inversion: Inversion) -> Noise:
         Var z = (sigma_p^2 + keep^2 * sigma^2) / sigma_up^2,   at eta 1:  (1 + r^2) / (1 - r^2),   r = sigma_p / sigma
 
     (arXiv 2304.06140, section 3: larger than the 1 of DDPM's own noise). Errors of D add to it. Steps without noise
-    (sigma_up 0) are left out. Theory for the noise in a path is 1.
+    (sigma_up 0) are left out. Theory for the noise in a path is 1, and at eta 1 for the noise maps of a Brownian path,
+    whose noise is DDPM's own. A model that starts from larger noise (`settings["noise_scale"]`) has all of it larger.
     """
+    unit = inversion.settings.get("noise_scale", 1.0) ** 2
+    brownian = inversion.settings.get("noise") == "Brownian"
     steps = [i for i in range(inversion.steps) if inversion.residuals is not None and inversion.step(i).up > 0]
     if steps:
         values = [inversion.residuals[i].double() / inversion.step(i).up for i in steps]
         levels, etas = inversion.sigmas, inversion.etas
-        expected = [inversion.kind.noise_map_variance(levels[i], levels[i + 1], float(etas[i])) for i in steps]
+        expected = [unit * inversion.kind.noise_map_variance(levels[i], levels[i + 1], float(etas[i]), brownian)
+                    for i in steps]
         what = "noise maps"
     else:
         steps = list(range(inversion.steps))
         picture, levels = inversion.latents[-1], inversion.sigmas.tolist()
         values = [inversion.kind.noise(inversion.latents[i].double(), picture, levels[i]) for i in steps]
-        expected, what = [1.0] * len(steps), "noise in the path"
+        expected, what = [unit] * len(steps), "noise in the path"
     flat = [v.flatten(1) for v in values]
     return Noise(
         what=what,

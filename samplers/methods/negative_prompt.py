@@ -6,6 +6,10 @@ import torch
 
 from .record import Inversion
 
+# What a CONDITIONING holds beside words and pooled words that belongs to the prompt, as text encoders give it.
+BESIDE_WORDS = ("attention_mask", "conditioning_llama3", "conditioning_byt5small")
+NOT_STORED = ("t5xxl_ids", "t5xxl_weights")
+
 
 def with_source_as_negative(inversion: Inversion, positive, negative, share=0.0) -> Inversion:
     """The record, prescribing that an edit's negative is the source prompt: guidance then has nothing to push away from
@@ -30,7 +34,24 @@ def with_source_as_negative(inversion: Inversion, positive, negative, share=0.0)
         pairs["negative_pooled"] = (more["pooled_output"], empty_more["pooled_output"])
     chosen = {name: _between(*pair, share).detach().float().cpu() for name, pair in pairs.items()}
     chosen["negative"] = chosen["negative"][None]  # one for all steps
+    chosen |= {f"negative.{key}": value.detach().float().cpu() for key, value in _beside(more, empty_more, share).items()}
     return replace(inversion, overrides={**inversion.overrides, **chosen})
+
+
+def _beside(source: dict, negative: dict, share: float) -> dict:
+    """What else belongs to the chosen prompt, {key: tensor} of BESIDE_WORDS."""
+    there = {key for key in (*BESIDE_WORDS, *NOT_STORED) if source.get(key) is not None or negative.get(key) is not None}
+    if there and share not in (0, 1):
+        raise ValueError(
+            "The prompts of this model are more than their words, so the source's cannot be mixed with the negative's: "
+            "set interpolation to 0 or 1."
+        )
+    if there & set(NOT_STORED):
+        raise ValueError(
+            "The prompts of this model carry token numbers, which Negative-Prompt Inversion cannot put in place: use "
+            "DDIM or Direct Inversion."
+        )
+    return {key: (source, negative)[int(share)][key] for key in there if (source, negative)[int(share)].get(key) is not None}
 
 
 def _between(source, negative, share):

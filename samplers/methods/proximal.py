@@ -36,7 +36,10 @@ def shrink(delta: torch.Tensor, quantile: float, kind="soft"):
 def edited(delta: torch.Tensor, threshold: torch.Tensor, radius: int) -> torch.Tensor:
     """1 where thresholded guidance still exceeds its threshold or is within `radius` of such a place, else 0."""
     mask = (delta.abs() > threshold).to(delta.dtype)
-    return F.max_pool2d(mask, 2 * radius + 1, stride=1, padding=radius) if radius else mask
+    if not radius:
+        return mask
+    frames = mask.flatten(1, -3)  # channels, and the frames of a video
+    return F.max_pool2d(frames, 2 * radius + 1, stride=1, padding=radius).view_as(mask)
 
 
 class Proximal:

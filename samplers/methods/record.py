@@ -15,11 +15,13 @@ class Inversion:
 
     Attributes:
         sigmas: float32 [N + 1], strictly descending, in the sampling space's own units.
-        latents: float32 [N + 1, B, C, H, W], the latent at every sigma, in the model's own latent space (after
-            `process_latent_in`). `latents[-1]` is the encoded picture (of a source branch that was sampled anew, what
-            became of it).
+        latents: float32 [N + 1, B, C, H, W], of video models [N + 1, B, C, T, H, W], the latent at every sigma, in the
+            model's own latent space (after `process_latent_in`). `latents[-1]` is the encoded picture (of a source
+            branch that was sampled anew, what became of it).
         residuals: float32 [N, B, C, H, W] or None. `residuals[i] = latents[i + 1] - keep * latents[i] - take * D_i` is
             the scaled noise `sigma_up * z` of step i: adding it to a step with the same D follows the path exactly.
+        shifts: float32 [N, B, C, H, W] or None: what is added to the latent of step i before the model sees it, so
+            that D_i is the prediction at `latents[i] + shifts[i]` (DirectEdit, arXiv 2605.02417).
         etas: float32 [N], the stochasticity that each residual was made for.
         family: name of the kind of model, a key of `families.FAMILIES`; `kind` is the object.
         model: description of the model the path was made with (`models.describe`); a replay on another is refused.
@@ -27,7 +29,8 @@ class Inversion:
         settings: what it was made with, for people and files. Plain values only.
         overrides: per-step embeddings that the method learned or fixed, applied while its path is edited:
             "negative" [N or 1, B or 1, tokens, width] is what the negative's cross-attention sees at each step,
-            "negative_pooled" [B or 1, width] its pooled text, "value" [N, B or 1, 2, tokens, width] a scale and a
+            "negative_pooled" [B or 1, width] its pooled text, "negative.<key>" [B or 1, ...] what else a prompt of a
+            flow model holds (`negative_prompt.BESIDE_WORDS`), "value" [N, B or 1, 2, tokens, width] a scale and a
             shift of the positive's words, for `to_v` of cross-attention alone.
         latent_format: the model's `comfy.latent_formats` object, whose `process_out` leads back to a LATENT.
     """
@@ -35,6 +38,7 @@ class Inversion:
     sigmas: torch.Tensor
     latents: torch.Tensor
     residuals: torch.Tensor | None = None
+    shifts: torch.Tensor | None = None
     etas: torch.Tensor
     family: str
     model: str
@@ -44,7 +48,9 @@ class Inversion:
     latent_format: Any = None
 
     def __post_init__(self):
-        check_sigmas(self.sigmas)
+        if self.family not in FAMILIES:
+            raise ValueError(f"Unknown model family '{self.family}': this version knows {', '.join(FAMILIES)}.")
+        check_sigmas(self.sigmas, self.kind)
         steps = len(self.sigmas) - 1
         if self.latents.shape[0] != steps + 1:
             raise ValueError(f"The path has {self.latents.shape[0]} latents for {steps + 1} sigmas.")
@@ -53,13 +59,13 @@ class Inversion:
                 f"The noise maps have shape {list(self.residuals.shape)}; "
                 f"this path needs {[steps, *self.latents.shape[1:]]}."
             )
-        for name in ("latents", "residuals"):
+        if self.shifts is not None and self.shifts.shape != (steps, *self.latents.shape[1:]):
+            raise ValueError(f"The input shifts have shape {list(self.shifts.shape)}, which does not fit the path.")
+        for name in ("latents", "residuals", "shifts"):
             value = getattr(self, name)
             # the smallest and largest number are NaN or infinite if any is, and need no copy of the path
             if value is not None and value.numel() and not torch.isfinite(torch.stack(value.aminmax())).all():
                 raise ValueError(f"The inversion's {name} hold NaN or infinite numbers: invert the picture again.")
-        if self.family not in FAMILIES:
-            raise ValueError(f"Unknown model family '{self.family}': this version knows {', '.join(FAMILIES)}.")
 
     @property
     def steps(self) -> int:
@@ -68,8 +74,13 @@ class Inversion:
 
     @property
     def batch(self) -> int:
-        """Number of pictures B."""
+        """Number of latents B of a level: pictures times draws."""
         return self.latents.shape[1]
+
+    @property
+    def draws(self) -> int:
+        """Paths of every picture that are edited as one (FlowEdit's n_avg): B is (draws, pictures), draws first."""
+        return int(self.settings.get("draws", 1))
 
     @property
     def kind(self) -> Family:
@@ -93,6 +104,31 @@ class Inversion:
             return None
         step = self.step(i)
         return (self.latents[i + 1] - self.residuals[i] - step.keep * self.latents[i]) / step.take
+
+    def with_eta(self, eta: float) -> "Inversion":
+        """The same path for another stochasticity at every step, made anew from the predictions that it implies.
+
+        `R_i = latents[i + 1] - keep * latents[i] - take * D_i` with the coefficients of `eta`; no model is asked, as D_i
+        does not depend on eta. At eta 0 edits made early last to the end, at 1 they fade (0 is FlowEdit's).
+
+        Raises:
+            ValueError: eta is not between 0 and 1, or the path has no residuals.
+        """
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta is {eta:g}: choose a number from 0 to 1.")
+        if self.residuals is None:
+            raise ValueError(
+                f"'{self.method}' has no noise maps, so its eta cannot be changed. Leave eta as made (-1), or invert "
+                "with Edit-Friendly DDPM Inversion."
+            )
+        out = replace(self, etas=torch.full_like(self.etas, float(eta)))
+        if torch.equal(out.etas, self.etas):
+            return self
+        rest = torch.empty_like(self.residuals)
+        for i in range(self.steps):
+            c = out.step(i)
+            rest[i] = self.latents[i + 1] - c.keep * self.latents[i] - c.take * self.denoised(i)
+        return replace(out, residuals=rest)
 
     def noise_maps(self) -> torch.Tensor:
         """The noise maps z = residual / sigma_up, float32 [N, B, C, H, W].
@@ -142,11 +178,14 @@ def _describe(sigmas: torch.Tensor) -> str:
     return f"{max(len(sigmas) - 1, 0)} steps" + (f" from {sigmas[0]:.4g} to {sigmas[-1]:.4g}" if len(sigmas) else "")
 
 
-def check_sigmas(sigmas: torch.Tensor):
+def check_sigmas(sigmas: torch.Tensor, family: Family | None = None):
     """Refuse noise levels that no path can run on.
 
+    Args:
+        family: None where the model is not known.
+
     Raises:
-        ValueError: fewer than two, not finite, negative, or not strictly descending.
+        ValueError: fewer than two, not finite, negative, not strictly descending, or higher than the family's.
     """
     if sigmas.ndim != 1 or len(sigmas) < 2:
         raise ValueError("SIGMAS must hold at least two noise levels (one step).")
@@ -156,6 +195,11 @@ def check_sigmas(sigmas: torch.Tensor):
         raise ValueError(
             "SIGMAS must fall from every step to the next. Ascending ones (FlipSigmas) are not needed here: inversion "
             "takes the same descending SIGMAS as sampling. Repeated ones mean more steps than the model has levels."
+        )
+    if family is not None and sigmas[0] > family.highest:
+        raise ValueError(
+            f"SIGMAS begin at {float(sigmas[0]):.4g}; this kind of model has noise levels up to {family.highest:g}. They "
+            "were made for another model: use a scheduler with this model."
         )
 
 

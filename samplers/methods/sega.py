@@ -1,4 +1,4 @@
-"""Semantic guidance, SEGA (arXiv 2301.12247), with momentum kept in eps units.
+"""Semantic guidance, SEGA (arXiv 2301.12247), with momentum kept in units of eps (of flow models: of the velocity).
 
 Three points differ from diffusers' SemanticStableDiffusionPipeline, each where it breaks: weights that sum to zero
 give no edit (it gives NaN); guidance works at any cfg (it is ignored at cfg <= 1); momentum belongs to each concept

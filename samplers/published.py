@@ -1,0 +1,41 @@
+"""Settings of papers, by kind of model, where they were published."""
+
+from dataclasses import dataclass
+
+import comfy.model_base
+from comfy.model_patcher import ModelPatcher
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowEditSettings:
+    """FlowEdit (arXiv 2412.08629, appendix B, and the released code's SD3_edit.yaml and FLUX_edit.yaml).
+
+    Attributes:
+        model: what they were published for.
+        steps: of the whole path.
+        run: steps that the edit runs, the paper's n_max; the others at the noisy end are skipped.
+        source, target: guidance of the two prompts.
+        embedded: whether guidance is a number in the CONDITIONING (FluxGuidance), so that cfg stays 1.
+    """
+
+    model: str
+    steps: int
+    run: int
+    source: float
+    target: float
+    embedded: bool
+
+    def skip(self, steps: int) -> int:
+        """Steps to leave out of a path of `steps`, in the published proportion."""
+        return min(round(steps * (self.steps - self.run) / self.steps), steps - 1)
+
+
+SD3 = FlowEditSettings(model="SD3", steps=50, run=33, source=3.5, target=13.5, embedded=False)
+FLUX = FlowEditSettings(model="Flux.1-dev", steps=28, run=24, source=1.5, target=5.5, embedded=True)
+
+
+def flowedit(model: ModelPatcher) -> tuple[FlowEditSettings, bool]:
+    """The settings for a MODEL, and whether they were published for its kind; where not, the nearest of the two."""
+    distilled = bool(model.model.model_config.unet_config.get("guidance_embed"))
+    exact = isinstance(model.model, comfy.model_base.Flux) if distilled else isinstance(model.model, comfy.model_base.SD3)
+    return (FLUX if distilled else SD3), exact
