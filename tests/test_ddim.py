@@ -76,7 +76,7 @@ def test_the_path_is_that_of_diffusers(kind, cfg):
         steps_offset=1, prediction_type="epsilon" if kind == "sd1" else "v_prediction")
     scheduler.set_timesteps(20)
     latent = tiny.latent(kind, 2)
-    inversion, x_T = invert(kind, latent, cfg=cfg, steps=20).result
+    inversion, x_T, _ = invert(kind, latent, cfg=cfg, steps=20).result
     x, network = picture_of(kind, latent).float(), model(kind).model.diffusion_model
     source, empty = (c[0][0].expand(2, -1, -1) for c in prompts(kind, SOURCE, EMPTY))
     for i, t in enumerate(scheduler.timesteps):

@@ -267,7 +267,8 @@ def test_outside_the_mask_every_step_stays_on_the_path(inverted):
     seen = {}
     guider = LeditsGuider(model("sd1"), *prompts("sd1", TARGET, EMPTY), 3.5)
     guider.sample(
-        torch.zeros(1, 4, 8, 8), torch.ones(1, 4, 8, 8), LeditsSampler(inverted), inverted.sigmas[2:], denoise_mask=half(8, 8),
+        torch.zeros(1, 4, 8, 8), inverted.latents[-1] / tiny.scale(), LeditsSampler(inverted), inverted.sigmas[2:],
+        denoise_mask=half(8, 8),
         callback=lambda step, x0, x, steps: seen.update({step: (x, steps)}), disable_pbar=True,
     )
     assert list(seen) == list(range(6))

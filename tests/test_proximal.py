@@ -133,7 +133,7 @@ def test_holding_without_a_source_or_to_another_is_refused():
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_edit_of_the_sdedit_path_is_image_to_image(kind, skip):
     latent, (target, empty) = tiny.latent(kind), prompts(kind, TARGET, EMPTY)
-    inversion, x_T = SDEditPath.execute(model=model(kind), latent=latent, steps=10, scheduler="ddim_uniform",
+    inversion, x_T, _ = SDEditPath.execute(model=model(kind), latent=latent, steps=10, scheduler="ddim_uniform",
         seed=3).result
     guider = CFGGuider.execute(model=model(kind), positive=target, negative=empty, cfg=5.0)[0]
     sampler = KSamplerSelect.execute("euler")[0]

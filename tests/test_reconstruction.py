@@ -36,7 +36,7 @@ def error(samples, latent):
 @pytest.mark.parametrize("kind", ["sd1", "sd2", "sdxl", "sdxl_v"])
 def test_the_same_prompt_and_cfg_give_the_picture_back(kind, batch, cfg):
     latent = tiny.latent(kind, batch)
-    inversion, x_T = invert(kind, latent, cfg=cfg, steps=20).result
+    inversion, x_T, _ = invert(kind, latent, cfg=cfg, steps=20).result
     assert inversion.steps == 20
     samples = edit(kind, inversion, cfg=cfg)
     assert error(samples, latent) < 1e-4
@@ -161,7 +161,7 @@ def test_noise_maps_of_a_perfect_denoiser_have_the_variance_and_correlation_of_t
 @pytest.mark.parametrize("solver", ["ddpm", "dpmpp_2m_sde"])
 @pytest.mark.parametrize(("kind", "batch", "skip"), [("sd1", 1, 0), ("sd2", 2, 3), ("sdxl", 2, 9)])
 def test_guider_and_sampler_are_the_all_in_one_node_bit_for_bit(kind, batch, skip, solver):
-    inversion, x_T = invert(kind, tiny.latent(kind, batch)).result
+    inversion, x_T, _ = invert(kind, tiny.latent(kind, batch)).result
     target, empty = prompts(kind, TARGET, EMPTY)
     guider = LeditsGuiderNode.execute(model=model(kind), positive=target, negative=empty, cfg=6.0)[0]
     sampler, sigmas = LeditsSamplerNode.execute(inversion=inversion, skip=skip, solver=solver).result

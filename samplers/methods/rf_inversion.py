@@ -41,7 +41,9 @@ def invert(x0: torch.Tensor, sigmas: torch.Tensor, denoise: Callable, noise: tor
 class HoldPicture:
     """A `sampler_post_cfg_function` that draws predictions to the picture in a window of steps (eq. 15).
 
-    The paper's controlled velocity `v + eta * (v_picture - v)` is an ordinary step with `D + eta * (picture - D)`.
+    The paper's controlled velocity `v + eta * (v_picture - v)` is an ordinary step with `D + eta * (picture - D)`. On a
+    path with noise maps, which lead from what the model predicted along it to the picture, that prediction stands for
+    the picture.
 
     Args:
         inversion: whose picture.
@@ -64,7 +66,10 @@ class HoldPicture:
                 f"{list(d.shape)}: connect the inversion that is edited."
             )
         sigma = float(args["sigma"].flatten()[0])
-        share = int((path.sigmas > sigma * (1 + 1e-4)).sum()) / path.steps
+        i = int((path.sigmas > sigma * (1 + 1e-4)).sum())
+        share = i / path.steps
         if not self.start <= share < self.stop:
             return d
+        if path.residuals is not None and i < path.steps and abs(float(path.sigmas[i]) - sigma) <= 1e-4 * sigma:
+            picture = path.denoised(i)
         return d + self.strength * (1 - share) ** self.decay * (picture.to(d) - d)

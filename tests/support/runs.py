@@ -9,9 +9,10 @@ from comfy_extras.nodes_custom_sampler import DisableNoise, SamplerCustomAdvance
 from comfyui_ledits.nodes.ddim_inversions import DDIMInversion, DirectInversion, NegativePromptInversion
 from comfyui_ledits.nodes.edit_friendly_inversion import EditFriendlyInversion
 from comfyui_ledits.nodes.learned_inversions import ON_INTERRUPT, NullTextInversion, StyleDiffusionInversion
+from comfyui_ledits.nodes.rf_inversion import RFInversion
 from comfyui_ledits.nodes.sampling import LeditsKSampler
 
-from support import tiny
+from support import tiny, tiny_flow
 
 SOURCE, EMPTY, TARGET = 1, 2, 3  # seeds of the prompts
 INVERTED, RESIMULATED = {"path": "inverted"}, {"path": "re-simulated", "edit_cfg": 7.5}
@@ -23,6 +24,7 @@ OWN = {  # inputs that only some inversions have
     DDIMInversion: {**DDIM, "path": INVERTED},
     DirectInversion: {**DDIM, "ablation": {"ablation": "none"}},
     NegativePromptInversion: {**DDIM, "path": INVERTED, "interpolation": 0.0},
+    RFInversion: {"seed": 0, "gamma": 0.5},
     NullTextInversion: {**LEARNING, "inner_steps": 3},
     StyleDiffusionInversion: {**LEARNING, "first_steps": 3, "attention_loss": 1.0, "tau_v": 1.0},
 }
@@ -35,12 +37,28 @@ def model(kind="sd1"):
 
 @functools.cache
 def _model(kind):
-    return tiny.frozen(kind)
+    return tiny.frozen(kind) if kind in tiny.KINDS else tiny_flow.model(kind)
+
+
+def parts_of(kind):
+    """`tiny` or `tiny_flow`, which of them knows the kind."""
+    return tiny if kind in tiny.KINDS else tiny_flow
+
+
+def in_model_space(kind, samples):
+    """What a LATENT's samples are to the model."""
+    return model(kind).model.process_latent_in(samples)
+
+
+def error(kind, samples, latent):
+    """Largest difference of two LATENTs in the model's space, in units of the second's standard deviation."""
+    a, b = (in_model_space(kind, x["samples"] if isinstance(x, dict) else x) for x in (samples, latent))
+    return float((a - b).abs().max() / b.std())
 
 
 def prompts(kind="sd1", *seeds):
     """CONDITIONINGs; without seeds the source's and the empty one."""
-    return [tiny.conditioning(kind, seed) for seed in seeds or (SOURCE, EMPTY)]
+    return [parts_of(kind).conditioning(kind, seed) for seed in seeds or (SOURCE, EMPTY)]
 
 
 def invert(node, kind="sd1", latent=None, *, batch=1, pair=None, on=None, **inputs):
@@ -52,7 +70,7 @@ def invert(node, kind="sd1", latent=None, *, batch=1, pair=None, on=None, **inpu
         inputs: of the node.
     """
     positive, negative = pair or prompts(kind)
-    latent = tiny.latent(kind, batch) if latent is None else latent
+    latent = parts_of(kind).latent(kind, batch) if latent is None else latent
     inputs = {"cfg": 1.0, "steps": 10, "scheduler": "ddim_uniform", **OWN[node], **inputs}
     return node.execute(model=on or model(kind), positive=positive, negative=negative, latent=latent, **inputs)
 
