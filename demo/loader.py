@@ -1,4 +1,6 @@
-"""The demo model as ComfyUI's own MODEL, CLIP and VAE. Nothing is registered with ComfyUI."""
+"""The demo models as ComfyUI's own MODEL, CLIP and VAE. Nothing is registered with ComfyUI."""
+
+import functools
 
 import comfy.latent_formats
 import comfy.model_base
@@ -10,7 +12,7 @@ import comfy.supported_models
 import comfy.supported_models_base
 import comfy.utils
 
-from . import nets
+from . import flow_net, nets
 
 
 class DemoLatent(comfy.latent_formats.LatentFormat):
@@ -26,6 +28,13 @@ class DemoConfig(comfy.supported_models.SD15):
     unet_config = {}
     unet_extra_config = {}
     latent_format = DemoLatent
+
+
+class DemoFlowConfig(comfy.supported_models.FluxSchnell):
+    unet_config = {}
+    unet_extra_config = {}
+    latent_format = DemoLatent
+    sampling_settings = {"multiplier": 1.0, "shift": 1.0}
 
 
 class DemoTextModel(comfy.sd1_clip.SDClipModel):
@@ -50,21 +59,48 @@ class DemoTokenizer(comfy.sd1_clip.SD1Tokenizer):
         super().__init__(embedding_directory, tokenizer_data, tokenizer=DemoTokens)
 
 
+class DemoFlowTokens(DemoTokens):
+    def __init__(self, embedding_directory=None, tokenizer_data={}):
+        super().__init__(embedding_directory, tokenizer_data)
+        self.max_length = flow_net.WORDS
+
+
+class DemoFlowTokenizer(comfy.sd1_clip.SD1Tokenizer):
+    def __init__(self, embedding_directory=None, tokenizer_data={}):
+        super().__init__(embedding_directory, tokenizer_data, tokenizer=DemoFlowTokens)
+
+
 def load(path=nets.WEIGHTS):
-    """MODEL, CLIP and VAE from the stored weights.
+    """MODEL, CLIP and VAE of the U-Net from the stored weights.
 
     Raises:
         FileNotFoundError: the weights are not there.
     """
+    state = _stored(path)
+    model = _model(state)
+    model.cached_patcher_init = (load_model, (path,))
+    return model, _clip(state, DemoTokenizer), _vae(state)
+
+
+def load_flow(path=flow_net.WEIGHTS, shared=nets.WEIGHTS):
+    """MODEL, CLIP and VAE of the flow model; text encoder and autoencoder are those of the U-Net.
+
+    Raises:
+        FileNotFoundError: the weights are not there.
+    """
+    state = _stored(shared)
+    model = load_flow_model(path, shared)
+    model.cached_patcher_init = (load_flow_model, (path, shared))
+    return model, _clip(state, DemoFlowTokenizer), _vae(state)
+
+
+def _stored(path):
     if not path.is_file():
         raise FileNotFoundError(
             f"The demo model's weights are missing ({path.name} in the pack's demo folder). "
-            "Install the pack again, or train them with tools/training/train.py of the repository."
+            "Install the pack again, or train them with tools/training of the repository."
         )
-    state = comfy.utils.load_torch_file(str(path), safe_load=True)
-    model = _model(state)
-    model.cached_patcher_init = (load_model, (path,))
-    return model, _clip(state), _vae(state)
+    return comfy.utils.load_torch_file(str(path), safe_load=True)
 
 
 def load_model(path=nets.WEIGHTS, disable_dynamic=False):
@@ -72,32 +108,44 @@ def load_model(path=nets.WEIGHTS, disable_dynamic=False):
     return _model(comfy.utils.load_torch_file(str(path), safe_load=True), disable_dynamic)
 
 
+def load_flow_model(path=flow_net.WEIGHTS, shared=nets.WEIGHTS, disable_dynamic=False):
+    """As `load_model`, of the flow model."""
+    state = {f"model.diffusion_model.{key}": value for key, value in _stored(path).items()}
+    factors = comfy.utils.load_torch_file(str(shared), safe_load=True).get("latent_rgb_factors")
+    kind = functools.partial(comfy.model_base.Flux, model_type=comfy.model_base.ModelType.FLOW)
+    return _patcher(state, DemoFlowConfig(dict(flow_net.CONFIG)), kind, factors, disable_dynamic)
+
+
 def _model(state, disable_dynamic=False):
+    kind = functools.partial(comfy.model_base.BaseModel, model_type=comfy.model_base.ModelType.V_PREDICTION)
+    return _patcher(state, DemoConfig(nets.UNET_CONFIG), kind, state.get("latent_rgb_factors"), disable_dynamic)
+
+
+def _patcher(state, config, kind, factors, disable_dynamic):
+    """A MODEL; only previews need the factors."""
     management = comfy.model_management
     device = management.get_torch_device()
     prefix = "model.diffusion_model."
-    config = DemoConfig(nets.UNET_CONFIG)
-    factors = state.get("latent_rgb_factors")  # only previews need them
     config.latent_format = DemoLatent(None if factors is None else factors.float())
     parameters = comfy.utils.calculate_parameters(state, prefix)
     dtype = management.unet_dtype(model_params=parameters, supported_dtypes=config.supported_inference_dtypes)
     config.set_inference_dtype(dtype, management.unet_manual_cast(dtype, device, config.supported_inference_dtypes))
     start = management.unet_inital_load_device(parameters, dtype)
-    model = comfy.model_base.BaseModel(config, model_type=comfy.model_base.ModelType.V_PREDICTION, device=start)
-    kind = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
-    patcher = kind(model, load_device=device, offload_device=management.unet_offload_device())
+    model = kind(config, device=start)
+    of = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
+    patcher = of(model, load_device=device, offload_device=management.unet_offload_device())
     model.load_model_weights(dict(state), prefix, assign=patcher.is_dynamic())
     return patcher
 
 
-def _clip(state):
+def _clip(state, tokenizer):
     prefix = "cond_stage_model."
     text = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
     rows, ids = "transformer.text_model.embeddings.token_embedding.weight", text.pop("token_ids").long()
     table = text[rows].mean(0).repeat(nets.TEXT_CONFIG["vocab_size"], 1)  # words it never saw get the mean embedding
     table[ids] = text[rows]
     text = {f"clip_l.{k}": v for k, v in (text | {rows: table}).items()}
-    target = comfy.supported_models_base.ClipTarget(DemoTokenizer, DemoClipModel)
+    target = comfy.supported_models_base.ClipTarget(tokenizer, DemoClipModel)
     clip = comfy.sd.CLIP(target, parameters=sum(v.numel() for v in text.values()), model_options={})
     clip.load_sd(text, full_model=True)
     return clip

@@ -14,6 +14,9 @@ CATEGORY = "LEDITS/demo"
 latent_formats.register(loader.DemoLatent)  # so that inversions made with the demo model can be saved
 
 
+NETWORKS = {"U-Net": loader.load, "flow": loader.load_flow}
+
+
 class LoadDemoModel(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -23,17 +26,21 @@ class LoadDemoModel(io.ComfyNode):
             category=CATEGORY,
             description="A small text-to-image model of drawn shapes (128 x 128), shipped with this pack, to try and "
             "test editing in seconds. Swap in a Load Checkpoint node to edit your own pictures.",
-            inputs=[],
+            inputs=[
+                io.Combo.Input("network", options=list(NETWORKS), optional=True,
+                               tooltip="U-Net: a model as Stable Diffusion 1 (v-prediction). flow: a flow-matching "
+                               "transformer as Flux. Text encoder and autoencoder are the same."),
+            ],
             outputs=[
-                io.Model.Output(display_name="model", tooltip="The demo U-Net (v-prediction)."),
+                io.Model.Output(display_name="model", tooltip="The demo network."),
                 io.Clip.Output(display_name="clip", tooltip="Its text encoder, for prompts and concepts."),
                 io.Vae.Output(display_name="vae", tooltip="Its autoencoder, for 128 x 128 pictures."),
             ],
         )
 
     @classmethod
-    def execute(cls):
-        return io.NodeOutput(*loader.load())
+    def execute(cls, network="U-Net"):
+        return io.NodeOutput(*NETWORKS[network]())
 
 
 ENTRIES = {entry["file"].removesuffix(".png"): entry for entry in pictures.load()}

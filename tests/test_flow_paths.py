@@ -259,6 +259,19 @@ def test_direct_inversion_works_on_flow_models(kind, ablation, exact):
     assert (error(kind, edit(kind, inversion, cfg=3.0), latent) < EXACT * 3) == exact
 
 
+@pytest.mark.parametrize("kind", ["flux", "wan"])
+def test_regularised_noise_is_more_like_gaussian_noise(kind):
+    """What is regularised is the noise n = x + (1 - s) v, not the velocity, whose mean is the picture's."""
+    latent = runs.parts_of(kind).latent(kind, height=16, width=16)
+    latent["samples"] = latent["samples"] * 0.3 + 1
+    chosen = {"noise_regularisation": "pix2pix-zero", "lambda_ac": 0.0, "lambda_kl": 20.0, "reg_steps": 5, "ac_rolls": 1,
+              "reg_seed": 0}
+    paths = [invert(DDIMInversion, kind, latent, cfg=1.0, solver="Euler", noise_regularisation=regularise)[0]
+             for regularise in (None, chosen)]
+    off = [abs(float(path.latents[0].var()) - 1) + abs(float(path.latents[0].mean())) for path in paths]
+    assert off[1] < off[0]
+
+
 # --- negative-prompt inversion ----------------------------------------------------------------------------------------------
 
 EXTRA = {"qwen": "attention_mask", "hunyuan": "attention_mask"}

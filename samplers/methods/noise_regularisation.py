@@ -32,7 +32,9 @@ class NoiseRegularisation:
     seed: int = 0
 
     def __call__(self, eps: torch.Tensor, i: int) -> torch.Tensor:
-        """eps [B, C, H, W] of path step i; every picture on its own, with the same shifts."""
+        """eps [B, C, H, W] of path step i; every picture on its own, with the same shifts. Frames count as channels."""
+        if eps.ndim == 5:
+            return self(eps.flatten(1, 2), i).view_as(eps)
         draw = random.Random(f"{self.seed}, {i}")
         for _ in range(self.steps):
             for _ in range(self.rolls if self.lambda_ac else 0):
