@@ -15,8 +15,10 @@ import dev
 WORKFLOWS = sorted((dev.ROOT / "example_workflows").glob("*.json"))
 BLUEPRINTS = sorted((dev.ROOT / "subgraphs").glob("*.json"))
 DEMO = [path for path in WORKFLOWS if "(demo model)" in path.stem]
-FILES = {"CheckpointLoaderSimple", "LoraLoader", "ControlNetLoader", "LoadImage", "LEDITS_LoadInversion",
+FILES = {"CheckpointLoaderSimple", "UNETLoader", "CLIPLoader", "DualCLIPLoader", "VAELoader", "LoraLoader",
+         "ControlNetLoader", "LoadImage", "LoadVideo", "LEDITS_LoadInversion",
          "LEDITS_LoadAttentionStore"}  # they name files of the user's
+MODELS = r"demo model|SD 1\.5|SDXL|Flux\.1-dev|SD3\.5|Qwen-Image|Z-Image|Wan"
 NOTE, TITLE = "MarkdownNote", 30  # height of a title bar
 # what makes runs short: inputs of any node that has them
 SHORT = {"steps": 4, "skip": 1, "inner_steps": 1, "first_steps": 1}
@@ -57,7 +59,7 @@ def graphs(file):
 
 def test_the_template_browser_reads_like_a_course():
     assert [int(path.stem[:2]) for path in WORKFLOWS] == list(range(1, len(WORKFLOWS) + 1))
-    assert all(re.fullmatch(r"\d\d [\w. ,-]+ \((demo model|SD 1\.5|SDXL)\)", path.stem) for path in WORKFLOWS)
+    assert all(re.fullmatch(rf"\d\d [\w. ,-]+ \(({MODELS})\)", path.stem) for path in WORKFLOWS)
     for path in WORKFLOWS:
         file = workflow.read(path)
         assert [n["title"] for n in file["nodes"] if n["type"] == NOTE][:1] == ["Start here"]
@@ -74,7 +76,7 @@ def test_workflows_name_only_workflows_that_exist():
     stems = {path.stem for path in WORKFLOWS}
     for path in WORKFLOWS:
         text = " ".join(node["widgets_values"][0] for node in workflow.read(path)["nodes"] if node["type"] == NOTE)
-        assert set(re.findall(r"\d\d [^*\n]+ \((?:demo model|SD 1\.5|SDXL)\)", text)) <= stems
+        assert set(re.findall(rf"\d\d [^*\n]+ \((?:{MODELS})\)", text)) <= stems
 
 
 @pytest.mark.parametrize("path", [*WORKFLOWS, *BLUEPRINTS], ids=named)

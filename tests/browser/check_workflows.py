@@ -25,7 +25,8 @@ WORKFLOWS = sorted((dev.ROOT / "example_workflows").glob("*.json"))
 BLUEPRINTS = sorted((dev.ROOT / "subgraphs").glob("*.json"))
 LOOKS = ("canvas", "nodes 2.0")
 SHOTS = dev.DEV / "browser"
-CHECKPOINTS = {"CheckpointLoaderSimple", "LoraLoader", "ControlNetLoader"}  # their files are the user's
+CHECKPOINTS = {"CheckpointLoaderSimple", "UNETLoader", "CLIPLoader", "DualCLIPLoader", "VAELoader", "LoraLoader",
+               "ControlNetLoader", "LoadVideo"}  # their files are the user's
 SHORT = {"steps": 4, "inner_steps": 1, "first_steps": 1, "skip": 0}  # for the test of running
 
 # Nodes with their title bar, as the frontend drew them: [title, type, x, y, right, bottom]

@@ -16,9 +16,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import chromium
+import run as _the_pack  # noqa: F401  # knows it as comfyui_ledits
 from comfyui_ledits.tools import contact_sheet
 from comfyui_ledits.tools.api import workflow
 from comfyui_ledits.tools.api.client import ComfyClient
@@ -147,7 +149,7 @@ def main(url, *numbers):
         if numbers and path.stem[:2] not in numbers:
             continue
         print(path.stem, flush=True)
-        if any(node["type"] == "CheckpointLoaderSimple" for node in json.loads(path.read_text("utf-8"))["nodes"]):
+        if "(demo model)" not in path.stem:
             with chromium.Page((2560, 1440)) as page:
                 picture = graph(page, path, url)
         else:
