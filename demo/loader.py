@@ -59,15 +59,16 @@ class DemoTokenizer(comfy.sd1_clip.SD1Tokenizer):
         super().__init__(embedding_directory, tokenizer_data, tokenizer=DemoTokens)
 
 
-class DemoFlowTokens(DemoTokens):
-    def __init__(self, embedding_directory=None, tokenizer_data={}):
-        super().__init__(embedding_directory, tokenizer_data)
-        self.max_length = flow_net.WORDS
+class DemoFlowClipModel(DemoClipModel):
+    """The same text encoder, whose padding ends where the flow model's does."""
 
-
-class DemoFlowTokenizer(comfy.sd1_clip.SD1Tokenizer):
-    def __init__(self, embedding_directory=None, tokenizer_data={}):
-        super().__init__(embedding_directory, tokenizer_data, tokenizer=DemoFlowTokens)
+    def encode_token_weights(self, token_weight_pairs):
+        words, *more = super().encode_token_weights(token_weight_pairs)
+        chunks = token_weight_pairs[self.clip_name]
+        if len(chunks) == 1:
+            ids = [token for token, *_ in chunks[0]]
+            words = words[:, : max(flow_net.WORDS, ids.index(nets.EOS) + 1)]
+        return words, *more
 
 
 def load(path=nets.WEIGHTS):
@@ -79,7 +80,7 @@ def load(path=nets.WEIGHTS):
     state = _stored(path)
     model = _model(state)
     model.cached_patcher_init = (load_model, (path,))
-    return model, _clip(state, DemoTokenizer), _vae(state)
+    return model, _clip(state, DemoClipModel), _vae(state)
 
 
 def load_flow(path=flow_net.WEIGHTS, shared=nets.WEIGHTS):
@@ -91,7 +92,7 @@ def load_flow(path=flow_net.WEIGHTS, shared=nets.WEIGHTS):
     state = _stored(shared)
     model = load_flow_model(path, shared)
     model.cached_patcher_init = (load_flow_model, (path, shared))
-    return model, _clip(state, DemoFlowTokenizer), _vae(state)
+    return model, _clip(state, DemoFlowClipModel), _vae(state)
 
 
 def _stored(path):
@@ -138,14 +139,14 @@ def _patcher(state, config, kind, factors, disable_dynamic):
     return patcher
 
 
-def _clip(state, tokenizer):
+def _clip(state, text_model):
     prefix = "cond_stage_model."
     text = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
     rows, ids = "transformer.text_model.embeddings.token_embedding.weight", text.pop("token_ids").long()
     table = text[rows].mean(0).repeat(nets.TEXT_CONFIG["vocab_size"], 1)  # words it never saw get the mean embedding
     table[ids] = text[rows]
     text = {f"clip_l.{k}": v for k, v in (text | {rows: table}).items()}
-    target = comfy.supported_models_base.ClipTarget(tokenizer, DemoClipModel)
+    target = comfy.supported_models_base.ClipTarget(DemoTokenizer, text_model)
     clip = comfy.sd.CLIP(target, parameters=sum(v.numel() for v in text.values()), model_options={})
     clip.load_sd(text, full_model=True)
     return clip
