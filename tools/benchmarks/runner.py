@@ -70,9 +70,11 @@ def run(options, folder, checkpoint=""):
     Raises:
         Problem, ComfyError: nothing can be done.
     """
-    chosen = table_methods.parse(options.methods)
+    network = getattr(options, "model", "U-Net")
+    chosen = table_methods.parse(options.methods, network)
     chosen_settings = ("steps", "cfg", "concept_scale", "xa_guidance", "seed")
-    settings = table_methods.Settings(checkpoint, **{name: getattr(options, name) for name in chosen_settings})
+    named = {name: getattr(options, name) for name in chosen_settings}
+    settings = table_methods.Settings(checkpoint, **named, network=network)
     if settings.steps < 1:
         raise Problem(f"--steps is {settings.steps}: give at least 1.")
     items, problems = piebench.load(folder)

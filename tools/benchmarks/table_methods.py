@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass
 
 from ...attention_hooks.text.tokens import split
+from . import flow_methods
 from .piebench import Problem
 
 INVERSIONS = ("ddim", "null-text", "negative-prompt", "stylediffusion", "direct", "edit-friendly")
@@ -39,6 +40,7 @@ class Settings:
         concept_scale: of LEDITS' concepts; None for the presets of its authors.
         xa_guidance: of pix2pix-zero; None for its authors' 0.1.
         seed: of noise maps.
+        network: of the demo model, "U-Net" or "flow", which has methods of its own (`flow_methods`).
     """
 
     checkpoint: str = ""
@@ -47,6 +49,7 @@ class Settings:
     concept_scale: float | None = None
     xa_guidance: float | None = None
     seed: int = 1234
+    network: str = "U-Net"
 
     def guidance(self, method):
         if self.cfg is not None:
@@ -60,12 +63,14 @@ class Settings:
         return min(round(share * self.steps), self.steps - 1)
 
 
-def parse(text):
+def parse(text, network="U-Net"):
     """The methods that a text names, in the order of METHODS: "all", "paper", "direct+p2p, *+masactrl".
 
     Raises:
         Problem: a name that fits none.
     """
+    if network == "flow":
+        return flow_methods.parse(text)
     chosen = set()
     for name in filter(None, re.split(r"[\s,]+", text.strip().lower())):
         found = set(METHODS) if name == "all" else set(PAPER) if name == "paper" else set(fnmatch.filter(METHODS, name))
@@ -91,6 +96,8 @@ def build(method, item, image, settings):
         image: the picture's name for Load Image.
         settings: `Settings`.
     """
+    if settings.network == "flow":
+        return flow_methods.build(method, item, image, settings, concept(item))
     inversion, editor = method.split("+")
     return {
         "loader": node("CheckpointLoaderSimple", ckpt_name=settings.checkpoint)
