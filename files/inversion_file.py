@@ -7,7 +7,7 @@
                sha256: of all tensors as they are stored, in the order of their names
     tensors    sigmas [N + 1] and etas [N] in float32;
                latents [N + 1, B, C, H, W] (of video models [N + 1, B, C, T, H, W]), residuals [N, B, C, H, W] and shifts
-               of the same shape where there are any, overrides.<name>
+               of the same shape where there are any, mask [M, h, w] where there is one, overrides.<name>
                denoised [N, B, C, H, W] in place of residuals, in float16 files of flow models: near their highest level
                a step takes so little of D that rounded residuals would not give D back
 
@@ -58,7 +58,8 @@ def save(path, inversion: Inversion, latent_format, half=False):
         ValueError: float16 cannot hold the numbers, or the settings are too long.
         OSError: the file cannot be written.
     """
-    tensors = {"latents": inversion.latents, "residuals": inversion.residuals, "shifts": inversion.shifts}
+    tensors = {"latents": inversion.latents, "residuals": inversion.residuals, "shifts": inversion.shifts,
+               "mask": inversion.mask}
     tensors |= {f"overrides.{name}": value for name, value in inversion.overrides.items()}
     exact = {name: _plain(value) for name, value in tensors.items() if value is not None}
     stored, cost = exact, None
@@ -113,6 +114,7 @@ def load(path, make_latent_format) -> Inversion:
             latents=tensors["latents"],
             residuals=tensors.get("residuals"),
             shifts=tensors.get("shifts"),
+            mask=tensors.get("mask"),
             etas=tensors["etas"],
             family=header["family"],
             model=header["model"],
@@ -243,6 +245,8 @@ def _check_shapes(entries: dict[str, Entry], dtype: str):
         kind = name.removeprefix("overrides.")
         if name in expected:
             fits = entry.shape == expected[name]
+        elif name == "mask":
+            fits = len(entry.shape) == 3 and all(entry.shape)
         elif name == kind or kind not in _RANKS:
             raise ValueError(
                 f"it holds {name[:80]!r}, which this version cannot apply (update the pack if it is newer)"

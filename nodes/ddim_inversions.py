@@ -95,7 +95,7 @@ class DdimPath:
                 f"LEDITS: DDIM inversion at cfg {cfg:g} does not lead back to the picture, and refinements may "
                 "diverge. Invert at 1; the edit's own cfg is set in the sampler."
             )
-        self.model, self.prompts = model, prompts
+        self.model, self.prompts, self.latent = model, prompts, latent
         self.sigmas, self.samples = noise_levels(model, scheduler, steps, sigmas), picture(model, latent)
         self.rows, self.inversion = 0, None
         noted = {"cfg": cfg, "scheduler": scheduler, "convention": convention, "refinements": refinements,
@@ -124,7 +124,7 @@ class DdimPath:
             self.then(SourceBranch(self.inversion, method=f"{self.inversion.method}, re-simulated"), path["edit_cfg"])
 
     def output(self):
-        return output(self.inversion, self.x_T, self.rows)
+        return output(self.inversion, self.x_T, self.rows, self.latent)
 
 
 class DDIMInversion(io.ComfyNode):

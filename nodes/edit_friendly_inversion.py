@@ -7,6 +7,7 @@ from ..samplers import models
 from ..samplers.guider import LeditsGuider
 from ..samplers.inverters import EditFriendlyInverter
 from ..samplers.methods.edit_friendly import NOISES
+from . import feedback
 from .inversion_inputs import (
     CATEGORY,
     guidance_input,
@@ -71,7 +72,7 @@ class EditFriendlyInversion(io.ComfyNode):
         )
         guider = LeditsGuider(model, positive, negative, cfg)
         x_T = run(guider, inverter, samples, sigmas, seed=seed)
-        return output(inverter.inversion, x_T, guider.rows)
+        return output(inverter.inversion, x_T, guider.rows, latent, note=feedback.guidance_note(model, positive))
 
 
 NODES = [EditFriendlyInversion]

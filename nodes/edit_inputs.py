@@ -97,9 +97,17 @@ def sigmas_after(inversion: Inversion, skip):
 
 
 def edit(guider: LeditsGuider, sampler: PhasedSampler, sigmas, *, mask=None, runs: feedback.Runs | None = None):
-    """Run a SAMPLER on the picture of its `inversion`; the samples of a LATENT. `runs` as in `feedback.sample`."""
+    """Run a SAMPLER on the picture of its `inversion`; the samples of a LATENT.
+
+    Args:
+        mask: MASK; where there is none, that of the picture's LATENT, if it had one.
+        runs: as in `feedback.sample`.
+    """
     path = sampler.inversion
     picture = path.latent_format.process_out(path.latents[-1])
+    mask = path.mask if mask is None else mask
+    if mask is not None and path.draws > 1 and len(mask) > 1:
+        mask = mask.repeat(path.draws, 1, 1)
     if mask is not None and picture.ndim == 5 and path.batch > 1 and mask.ndim == 3:
         # one for each picture; core would take them as frames
         mask = rearrange(mask.expand(path.batch, -1, -1) if len(mask) == 1 else mask, "b h w -> b 1 1 h w")

@@ -7,6 +7,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.samplers import CFGGuider
 from comfy_execution.utils import get_executing_context
 
+from ..samplers import published
 from ..samplers.phased import PhasedSampler
 
 
@@ -79,15 +80,23 @@ def sample(guider: CFGGuider, sampler: PhasedSampler, samples, sigmas, *, mask=N
     )
 
 
-def costs(rows: int, steps: int, *, level: float | None = None, **more):
+def guidance_note(model: ModelPatcher, conditioning: list) -> str:
+    """What is to be known of the guidance of a guidance-distilled model's prompt."""
+    if not published.guidance_missing(model, conditioning):
+        return ""
+    return "The prompt carries no guidance, so ComfyUI's own is taken: connect FluxGuidance to choose it"
+
+
+def costs(rows: int, steps: int, *, level: float | None = None, note: str = "", **more):
     """The cost of a node, on the node and for the history of the queue (`NodeOutput.ui`).
 
     Args:
         rows: network rows (pictures x predictions) that were evaluated.
         steps: of the path that ran.
         level: the noise level that an edit began at.
+        note: a sentence more for the node, where something was chosen for the user.
         more: further numbers.
     """
     begun = "" if level is None else f" from noise level {level:.3g}"
-    tell(f"done: {steps} steps{begun}, {rows} network rows")
+    tell(f"done: {steps} steps{begun}, {rows} network rows" + (f". {note}" if note else ""))
     return {"ledits": [{"steps": steps, "unet_rows": rows, **more}]}

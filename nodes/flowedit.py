@@ -46,9 +46,11 @@ def _guided(conditioning, settings: published.FlowEditSettings, guidance: float)
     return node_helpers.conditioning_set_values(conditioning, {"guidance": guidance}), 1.0
 
 
-def _tell_of(model, settings, exact):
-    if not exact:
-        feedback.tell(f"no published settings for {type(model.model).__name__}: those for {settings.model} are taken")
+def _note(model, conditioning, chosen, settings, exact):
+    """What is to be known of settings that were chosen for the user."""
+    if chosen == AUTHORS and not exact:
+        return f"No settings are published for {type(model.model).__name__}: those for {settings.model} were taken"
+    return feedback.guidance_note(model, conditioning)
 
 
 class FlowEditSource(io.ComfyNode):
@@ -94,10 +96,8 @@ class FlowEditSource(io.ComfyNode):
         )
         guider = LeditsGuider(model, positive, negative, cfg)
         x_T = run(guider, inverter, samples, sigmas, seed=seed)
-        made = output(inverter.inversion, x_T, guider.rows)
-        if settings["settings"] == AUTHORS:
-            _tell_of(model, published_for, exact)
-        return made
+        note = _note(model, positive, settings["settings"], published_for, exact)
+        return output(inverter.inversion, x_T, guider.rows, latent, note=note)
 
 
 class FlowEdit(io.ComfyNode):
@@ -138,9 +138,8 @@ class FlowEdit(io.ComfyNode):
         guider = LeditsGuider(model, positive, negative, cfg, concepts=concepts or ())
         sampler = LeditsSampler(inversion, eta=0.0, free_steps=free_steps)
         samples = edit(guider, sampler, sigmas, mask=mask)
-        costs = feedback.costs(guider.rows, len(sigmas) - 1, level=float(sigmas[0]))
-        if settings["settings"] == AUTHORS:
-            _tell_of(model, published_for, exact)
+        note = _note(model, positive, settings["settings"], published_for, exact)
+        costs = feedback.costs(guider.rows, len(sigmas) - 1, level=float(sigmas[0]), note=note)
         return io.NodeOutput({"samples": samples}, ui=costs)
 
 

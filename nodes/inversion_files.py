@@ -10,7 +10,7 @@ from ..files.places import list_files, new_file, path_of, size_of
 from . import sockets
 from .feedback import show
 from .file_picker import FileLoader
-from .inversion_inputs import CATEGORY, latent_size
+from .inversion_inputs import CATEGORY, PathNoise, latent_size, noise_output
 
 DTYPES = ["float32", "float16"]
 
@@ -86,6 +86,7 @@ class LoadInversion(FileLoader, io.ComfyNode):
                                          "kind of model that made it."),
                 io.Latent.Output(display_name="x_T", tooltip="The noisiest latent, where an unskipped edit begins."),
                 io.String.Output(display_name="source_prompt", tooltip="What was noted when it was saved, or empty."),
+                noise_output(),
             ],
         )
 
@@ -101,11 +102,13 @@ class LoadInversion(FileLoader, io.ComfyNode):
             raise ValueError(f"'{file}' does not say how its latents are scaled: invert the picture again.")
         samples = inversion.latent_format.process_out(inversion.latents[0])
         x_T = {"samples": samples.to(comfy.model_management.intermediate_device())}
+        if inversion.mask is not None:
+            x_T["noise_mask"] = inversion.mask
         size = f"{inversion.batch} x {latent_size(inversion)}"
         text = f"{inversion.method}, {inversion.steps} steps, {size}\n{inversion.model}"
         show(cls, text)
         prompt = inversion.settings.get("source_prompt", "")
-        return io.NodeOutput(inversion, x_T, prompt, ui={"text": [text]})
+        return io.NodeOutput(inversion, x_T, prompt, PathNoise(inversion), ui={"text": [text]})
 
 
 NODES = [SaveInversion, LoadInversion]

@@ -1,5 +1,7 @@
 """Shared by inversion nodes: inputs, outputs, and the run of a SAMPLER that inverts."""
 
+from dataclasses import replace
+
 import comfy.model_management
 import comfy.sample
 import comfy.samplers
@@ -79,10 +81,14 @@ def outputs(inversion="The path, for a LEDITS sampler."):
     return [
         sockets.Inversion.Output(display_name="inversion", tooltip=inversion),
         io.Latent.Output(display_name="x_T", tooltip="The noisiest latent, where an unskipped edit begins."),
-        io.Noise.Output(display_name="noise", tooltip="The path's noise, for a stock sampler that is to begin at x_T: "
-                        "connect x_T as its latent. (On flow models a latent alone cannot: their samplers take nothing "
-                        "of it at the highest noise level.)"),
+        noise_output(),
     ]
+
+
+def noise_output():
+    return io.Noise.Output(display_name="noise", tooltip="The path's noise, for a stock sampler that is to begin at x_T: "
+                           "connect x_T as its latent. (On flow models a latent alone cannot: their samplers take nothing "
+                           "of it at the highest noise level.)")
 
 
 class PathNoise:
@@ -117,10 +123,20 @@ class PathNoise:
         return path.kind.noise(start, given, level) / path.settings.get("noise_scale", 1.0)
 
 
-def output(inversion: Inversion, x_T: torch.Tensor, rows: int, **more):
-    """What an inversion node returns. `x_T` as in a LATENT; `rows` and `more` as in `feedback.costs`."""
-    ui = feedback.costs(rows, inversion.steps, **more)
-    return io.NodeOutput(inversion, {"samples": x_T}, PathNoise(inversion), ui=ui)
+def output(inversion: Inversion, x_T: torch.Tensor, rows: int, latent: dict, **more):
+    """What an inversion node returns; a mask of the LATENT goes on with the path, and with x_T.
+
+    Args:
+        x_T: as in a LATENT.
+        rows, more: as in `feedback.costs`.
+        latent: the LATENT that was inverted.
+    """
+    ui, start = feedback.costs(rows, inversion.steps, **more), {"samples": x_T}
+    mask = latent.get("noise_mask")
+    if mask is not None:
+        start["noise_mask"] = mask
+        inversion = replace(inversion, mask=mask.detach().float().cpu().flatten(0, -3))
+    return io.NodeOutput(inversion, start, PathNoise(inversion), ui=ui)
 
 
 def picture(model: ModelPatcher, latent):

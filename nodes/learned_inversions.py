@@ -60,7 +60,7 @@ def _inverted(inverter, *, model, positive, negative, latent, cfg, steps, schedu
         guider = LeditsGuider(differentiable, positive, negative, cfg)
         x_T = run(guider, inverter, samples, sigmas)
     inversion = inverter.inversion
-    return output(inversion, x_T, guider.rows, loss=inversion.settings.get("loss"))
+    return output(inversion, x_T, guider.rows, latent, loss=inversion.settings.get("loss"))
 
 
 class NullTextInversion(io.ComfyNode):

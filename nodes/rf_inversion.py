@@ -56,7 +56,7 @@ class RFInversion(io.ComfyNode):
         settings = {"cfg": cfg, "seed": seed, "gamma": gamma, "scheduler": scheduler}
         inverter, guider = RFInverter(seed, gamma, settings), LeditsGuider(model, positive, negative, cfg)
         x_T = run(guider, inverter, samples, sigmas, seed=seed)
-        return output(inverter.inversion, x_T, guider.rows)
+        return output(inverter.inversion, x_T, guider.rows, latent)
 
 
 class HoldToPicture(io.ComfyNode):

@@ -55,7 +55,8 @@ class LeditsKSampler(io.ComfyNode):
         out = {"samples": edit(guider, sampler, sigmas, mask=mask)}
         if sampler.observed is not None:
             out[sockets.OBSERVED] = sampler.observed
-        return io.NodeOutput(out, ui=feedback.costs(guider.rows, len(sigmas) - 1, level=float(sigmas[0])))
+        note = feedback.guidance_note(model, positive)
+        return io.NodeOutput(out, ui=feedback.costs(guider.rows, len(sigmas) - 1, level=float(sigmas[0]), note=note))
 
 
 class LeditsGuiderNode(io.ComfyNode):

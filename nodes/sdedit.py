@@ -54,7 +54,7 @@ class SDEditPath(io.ComfyNode):
             latent_format=model.model.latent_format,
         )
         x_T = model.model.process_latent_out(latents[0]).to(comfy.model_management.intermediate_device())
-        return output(inversion, x_T, 0)
+        return output(inversion, x_T, 0, latent)
 
 
 NODES = [SDEditPath]

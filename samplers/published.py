@@ -39,3 +39,9 @@ def flowedit(model: ModelPatcher) -> tuple[FlowEditSettings, bool]:
     distilled = bool(model.model.model_config.unet_config.get("guidance_embed"))
     exact = isinstance(model.model, comfy.model_base.Flux) if distilled else isinstance(model.model, comfy.model_base.SD3)
     return (FLUX if distilled else SD3), exact
+
+
+def guidance_missing(model: ModelPatcher, conditioning: list) -> bool:
+    """Whether a guidance-distilled MODEL is given a prompt that carries no guidance (FluxGuidance): ComfyUI takes its own."""
+    distilled = model.model.model_config.unet_config.get("guidance_embed")
+    return bool(distilled) and any("guidance" not in entry[1] for entry in conditioning)

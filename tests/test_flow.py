@@ -7,8 +7,10 @@ import comfy.model_sampling
 import comfy.samplers
 import pytest
 import torch
+from comfyui_ledits.files import inversion_file, latent_formats
 from comfyui_ledits.nodes.ddim_inversions import DDIMInversion
 from comfyui_ledits.nodes.edit_friendly_inversion import EditFriendlyInversion
+from comfyui_ledits.nodes.flowedit import FlowEditSource
 from comfyui_ledits.nodes.sampling import LeditsGuiderNode, LeditsSamplerNode
 from comfyui_ledits.nodes.unpack_pack import PackInversion, UnpackInversion
 from comfyui_ledits.samplers import models
@@ -429,3 +431,36 @@ def test_the_latent_left_at_a_level_is_what_core_takes_up_again():
     left = models.leave(model("flux"), s, y)
     torch.testing.assert_close(sampling.noise_scaling(s, torch.zeros_like(y), left), y)
     assert models.leave(model("flux"), torch.tensor(0.0), y) is y
+
+
+# --- the mask of the picture's LATENT -------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kind", ["sd1", "sdxl", "flux", "qwen"])
+def test_the_mask_of_the_latent_goes_on_with_the_path(kind, tmp_path):
+    """As of core's samplers (Set Latent Noise Mask); a mask at the edit takes its place."""
+    latent, mask = runs.parts_of(kind).latent(kind), torch.zeros(1, 1, 64, 64)
+    mask[..., 32:] = 1
+    inversion, x_T, _ = invert(kind, {**latent, "noise_mask": mask}, cfg=2.0).result
+    plain = invert(kind, latent, cfg=2.0)[0]
+    assert torch.equal(plain.latents, inversion.latents) and plain.mask is None
+    masked = edit(kind, plain, cfg=3.0, prompt=TARGET, mask=mask[0])
+    assert torch.equal(edit(kind, inversion, cfg=3.0, prompt=TARGET), masked)
+    assert torch.equal(edit(kind, inversion, cfg=3.0, prompt=TARGET, mask=torch.ones(1, 64, 64)),
+                       edit(kind, plain, cfg=3.0, prompt=TARGET, mask=torch.ones(1, 64, 64)))
+    sampler, sigmas = LeditsSamplerNode.execute(inversion=inversion, skip=0).result
+    assert error(kind, runs.in_parts(guider(kind), sampler, sigmas, x_T), masked) < 1e-5
+    inversion_file.save(tmp_path / "x.safetensors", inversion, latent_formats.describe(inversion.latent_format))
+    again = inversion_file.load(tmp_path / "x.safetensors", latent_formats.make)
+    assert torch.equal(edit(kind, again, cfg=3.0, prompt=TARGET), masked)
+
+
+def test_masks_of_several_pictures_go_with_their_draws():
+    latent, masks = tiny_flow.latent("sd3", 2), torch.zeros(2, 1, 64, 64)
+    masks[0, ..., :32], masks[1, ..., 32:] = 1, 1
+    positive, negative = prompts("sd3")
+    made = FlowEditSource.execute(model=model("sd3"), positive=positive, negative=negative, latent={**latent, "noise_mask": masks},
+                                  scheduler="simple", settings={"settings": "own", "steps": 6, "cfg": 2.0}, seed=0, draws=3)[0]
+    out = edit("sd3", made, cfg=3.0, prompt=TARGET)
+    moved = (out - latent["samples"]).abs().amax((1, 2))
+    assert float(moved[0, 4:].max()) < 1e-5 < float(moved[0, :4].min())
+    assert float(moved[1, :4].max()) < 1e-5 < float(moved[1, 4:].min())

@@ -198,6 +198,22 @@ def test_a_brownian_edit_approaches_sync_sde():
 
 # --- ODE paths ------------------------------------------------------------------------------------------------------------
 
+@pytest.mark.parametrize("convention", ["A", "B"])
+@pytest.mark.parametrize("kind", tiny_flow.SMALL)
+def test_euler_upwards_is_the_plain_loop(kind, convention):
+    """x <- x + (s+ - s) v(x), the network told s+ (A, as diffusers' inverse schedulers) or s (B, flipped sigmas)."""
+    latent, (source, empty) = tiny_flow.latent(kind, 2), prompts(kind)
+    inversion = invert(DDIMInversion, kind, latent, cfg=1.0, solver="Euler", convention=convention)[0]
+    x, s = runs.in_model_space(kind, latent["samples"]), inversion.sigmas.tolist()
+    velocity = velocities(kind, {"source": source, "negative": empty}, x.shape)
+    lowest = float(model(kind).get_model_object("model_sampling").sigma_min)
+    for i in range(STEPS - 1, -1, -1):
+        told = s[i] if convention == "A" else max(s[i + 1], lowest)
+        x = x + (s[i] - s[i + 1]) * velocity(x, told, "source")
+        # B divides by the lowest level, which enlarges rounding
+        torch.testing.assert_close(inversion.latents[i], x, rtol=3e-4, atol=3e-4 if convention == "B" else 1e-5)
+
+
 @pytest.mark.parametrize("solver", ["auto", "Euler", "midpoint", "FireFlow"])
 @pytest.mark.parametrize("kind", ["sd1", "sd2", *tiny_flow.SMALL])
 def test_noise_maps_make_every_ode_path_exact(kind, solver):

@@ -5,6 +5,7 @@ import torch
 from comfyui_ledits.demo import flow_net
 from comfyui_ledits.nodes.inversion_files import DTYPES
 from support.graphs import node
+from support.listening import listen
 from test_server import Server, cached
 
 STEPS = 10
@@ -161,6 +162,12 @@ def test_a_saved_record_edits_the_same(server, latent):
     assert server.run(saved)["status"]["completed"]
     loaded = graph() | {"inversion": node("LEDITS_LoadInversion", file="flow/kept_00001_.ledits.safetensors [output]")}
     assert torch.equal(latent(loaded), latent(graph()))
+
+
+def test_progress_and_previews_come_as_with_the_stock_sampler(client):
+    ((_, seen),) = listen(client, graph(edit={"cfg": 2.5}))
+    assert seen.previews["edit"] == len(seen.progress["edit"]) == STEPS - 2
+    assert seen.texts["edit"][-1] == f"done: {STEPS - 2} steps from noise level 0.8, {2 * (STEPS - 2)} network rows"
 
 
 def test_interrupted_it_leaves_the_model_as_it_was(server, latent):

@@ -33,6 +33,8 @@ class Inversion:
             flow model holds (`negative_prompt.BESIDE_WORDS`), "value" [N, B or 1, 2, tokens, width] a scale and a
             shift of the positive's words, for `to_v` of cross-attention alone.
         latent_format: the model's `comfy.latent_formats` object, whose `process_out` leads back to a LATENT.
+        mask: MASK [M, h, w] that came with the picture's LATENT (Set Latent Noise Mask), or None; edits that are given
+            none take it.
     """
 
     sigmas: torch.Tensor
@@ -46,6 +48,7 @@ class Inversion:
     settings: dict = field(default_factory=dict)
     overrides: dict = field(default_factory=dict)
     latent_format: Any = None
+    mask: torch.Tensor | None = None
 
     def __post_init__(self):
         if self.family not in FAMILIES:
