@@ -22,6 +22,7 @@ from .api.client import ComfyClient, ComfyError, seconds_of
 
 WORKFLOWS = Path(__file__).resolve().parents[1] / "example_workflows"
 CONCEPTS, PROMPT = "LEDITS concepts (demo model)", "LEDITS prompt and concepts (demo model)"
+FLOWEDIT = "FlowEdit (demo model)"
 RECONSTRUCTION = "reconstruction"
 
 
@@ -40,6 +41,7 @@ EDITS = (
      lambda e: f"prompt: {e['edit']['target']}"),
     ("prompt and concept", PROMPT, lambda e: words(e) | {"Concept": {"prompt": surface(e)}},
      lambda e: f"prompt, and concept: {surface(e)}"),
+    ("FlowEdit", FLOWEDIT, lambda e: words(e), lambda e: f"FlowEdit, flow model: {e['edit']['target']}"),
 )
 
 
@@ -98,7 +100,7 @@ class Result:
         return self.client.fetch(self._of(title)["images"][0])
 
     def rows(self):
-        """U-Net rows that this run evaluated: of the edit, and of inversion and reconstruction.
+        """Network rows that this run evaluated: of the edit, and of inversion and reconstruction.
 
         Nodes whose result ComfyUI reused from an earlier run report nothing.
         """
@@ -126,7 +128,7 @@ LEGEND = """
 change inside   mean absolute difference to the picture inside the edited thing, 0 to 1
 PSNR outside    of everything but the edited thing, to the picture
 colour          whether most of the thing has the asked-for colour, as measured
-edit rows       U-Net rows (pictures x predictions) of the edit; other rows: of inversion and reconstruction. ComfyUI
+edit rows       network rows (pictures x predictions) of the edit; other rows: of inversion and reconstruction. ComfyUI
                 reuses those where picture and source prompt stay the same
 """
 
