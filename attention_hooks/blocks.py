@@ -104,8 +104,8 @@ def at_quarter_resolution(layout: Layout, size: tuple[int, int]) -> list[tuple]:
 
 
 _TERM = re.compile(
-    r"(?P<part>all|input|middle|output)?(?:\.(?P<numbers>\d+(?:-\d*)?))?(?:\.(?P<indices>\d+(?:-\d*)?))?"
-    r"(?:@(?P<compare><=|>=)?(?P<size>\d+(?:/\d+)?))?"
+    r"(?P<part>all|input|middle|output)?(?:\.(?P<numbers>\d{1,4}(?:-\d{0,4})?))?(?:\.(?P<indices>\d{1,4}(?:-\d{0,4})?))?"
+    r"(?:@(?P<compare><=|>=)?(?P<size>0*[1-9]\d{0,4}(?:/0*[1-9]\d{0,4})?))?"
 )
 
 
@@ -142,7 +142,7 @@ def select(text, layers, layout, size):
 def _match(term, layers, size):
     read = _TERM.fullmatch(term)
     if not read or (read["numbers"] and read["part"] in (None, "all")):
-        raise ValueError(f"'{term}' is no block selection. {HELP}")
+        raise ValueError(f"'{term[:40]}' is no block selection. {HELP}")
     keys = [x for x in layers if read["part"] in (None, "all", x.part)]
     for field, wanted in (("number", read["numbers"]), ("index", read["indices"])):
         if wanted:

@@ -25,6 +25,7 @@ import torch
 from ..samplers.methods.families import FAMILIES
 from ..samplers.methods.record import Inversion, check_sigmas
 from .file_kind import FileKind, whole
+from .rounding import rounding
 from .tensor_file import DTYPE_NAMES, HEADER_LIMIT, Entry, TensorFile, parse, title
 
 KIND = FileKind(
@@ -36,6 +37,7 @@ KIND = FileKind(
     advice="Choose a file that Save Inversion has written, or invert the picture again.",
 )
 STEP_LIMIT = 10_000
+LARGEST = 1e7  # noise levels of a zero-terminal-SNR schedule end near 5,000
 _WORDS = ("method", "family", "model")
 # Of the embeddings in `Inversion.overrides`.
 _RANKS = {"negative": 4, "negative_pooled": 2, "value": 5, "negative.attention_mask": 2,
@@ -108,6 +110,8 @@ def load(path, make_latent_format) -> Inversion:
         header, entries, settings, latent_format = _header(file, make_latent_format)
         tensors = file.read_all(entries, header["sha256"])
         _check_levels(tensors["sigmas"], tensors["etas"])
+        if any(bool((value.abs() > LARGEST).any()) for value in tensors.values()):
+            raise ValueError("its numbers are too large to be latents")
         overrides = {n.removeprefix("overrides."): t for n, t in tensors.items() if n.startswith("overrides.")}
         inversion = Inversion(
             sigmas=tensors["sigmas"],
@@ -152,43 +156,6 @@ def _header(file: TensorFile, make_latent_format):
 def source_hash(inversion: Inversion) -> str:
     """SHA-256 of the encoded picture in float32, equal for all inversions of one picture by one VAE."""
     return hashlib.sha256(_plain(inversion.latents[-1]).numpy()).hexdigest()
-
-
-def rounding(inversion: Inversion, stored: dict[str, torch.Tensor]):
-    """The error of storing an inversion as `stored`, predictions of the model held fixed.
-
-    The update is linear, so the error of a replay follows `e_{i+1} = keep * e_i + (R~_i - R_i)`, `e_0 = y~_0 - y_0`.
-
-    Args:
-        stored: {"latents", "residuals", "overrides.*"}, rounded.
-
-    Returns:
-        {"path", "noise_maps", "embeddings", "picture"}, those that there are: each {"abs": largest error, "rel":
-        largest error relative to the RMS of the level it is in}. "picture" is the last latent of a replay; of a path
-        without noise maps, the stored picture itself.
-    """
-    out = {"path": _worst(stored["latents"], inversion.latents)}
-    error = stored["latents"][-1].double() - inversion.latents[-1]
-    if inversion.residuals is not None:
-        out["noise_maps"] = _worst(stored["residuals"], inversion.residuals)
-        error = stored["latents"][0].double() - inversion.latents[0]
-        for i in range(inversion.steps):
-            error = inversion.step(i).keep * error + (stored["residuals"][i].double() - inversion.residuals[i])
-    embeddings = [_worst(stored[f"overrides.{n}"], value) for n, value in inversion.overrides.items()]
-    if embeddings:
-        out["embeddings"] = {key: max(e[key] for e in embeddings) for key in ("abs", "rel")}
-    out["picture"] = _size(error, inversion.latents[-1])
-    return out
-
-
-def _worst(stored, exact):
-    each = [_size(a.double() - b, b) for a, b in zip(stored, exact)]
-    return {key: max(e[key] for e in each) for key in ("abs", "rel")}
-
-
-def _size(error, exact):
-    largest, rms = float(error.abs().max()), float(exact.double().square().mean().sqrt())
-    return {"abs": largest, "rel": largest / rms if rms else 0.0}
 
 
 def _metadata(file: TensorFile):

@@ -48,7 +48,7 @@ def make(description):
         raise ValueError(f"this version does not know its latent format {name[:40]!r}")
     out = _classes()[name]()
     if "scale_factor" in description:
-        if not _numbers([description["scale_factor"]]) or not description["scale_factor"]:
+        if not _numbers([description["scale_factor"]]) or abs(description["scale_factor"]) < 1e-6:
             raise ValueError("its latent format has an impossible scale")
         out.scale_factor = description["scale_factor"]
     if "latent_rgb_factors" in description:

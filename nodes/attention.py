@@ -16,6 +16,7 @@ from .attention_inputs import (
     fraction_input,
     prompts_input,
     source_input,
+    window,
 )
 
 
@@ -80,10 +81,10 @@ class _PromptToPrompt:
             raise ValueError("substruct_words take away from the place of blend_words: write those too.")
         control = PromptToPrompt(
             prompts=prompts,
-            cross=(cross_replace_start, cross_replace_steps),
+            cross=window(cross_replace_start, cross_replace_steps, ("cross_replace_start", "cross_replace_steps")),
             words=widget_text.windows(word_steps),
             equalizer=widget_text.factors(equalizer),
-            self_=(self_replace_start, self_replace_steps),
+            self_=window(self_replace_start, self_replace_steps, ("self_replace_start", "self_replace_steps")),
             uncond_self=(0.0, uncond_self_replace_steps),
             cross_blocks=cross_blocks,
             self_blocks=self_blocks,
@@ -164,7 +165,7 @@ class MasaCtrlNode(io.ComfyNode):
         control = MasaCtrl(
             prompts=prompts,
             source=source,
-            window=(start_step, end_step),
+            window=window(start_step, end_step, ("start_step", "end_step")),
             blocks=start_layer,
             own_keys=target_keys,
             source_mask=source_mask,

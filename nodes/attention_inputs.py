@@ -28,6 +28,20 @@ def fraction_input(name, default, tooltip, advanced=False):
                           **({"optional": True, "advanced": True} if advanced else {}))
 
 
+def window(start: float, end: float, names: tuple[str, str]) -> tuple[float, float]:
+    """The window of two fractions of the steps.
+
+    Raises:
+        ValueError: it begins where it has ended already, so that nothing would happen; an end of 0 switches it off.
+    """
+    if start >= end > 0:
+        raise ValueError(
+            f"{names[0]} is {start:g} and {names[1]} {end:g}: the window ends before it begins, so nothing would happen. "
+            f"Choose a {names[0]} below {names[1]}, or 0 for {names[1]} to switch it off."
+        )
+    return start, end
+
+
 def blocks_input(name, default, what):
     return io.String.Input(name, default=default, optional=True, advanced=True,
                            tooltip=f"{what} {preset_help(default) if default != 'all' else ''} {HELP}")

@@ -18,6 +18,7 @@ from .edit_inputs import SOLVERS, edit, edit_inputs, fine_inputs, path_inputs, s
 
 CATEGORY = "LEDITS/compare"
 MOST = 32  # pictures of a sheet that have a socket
+MOST_EDITS, LONGEST = 400, 20  # edits of a sweep; characters of one of its numbers
 
 
 def _size():
@@ -141,6 +142,11 @@ class Sweep(io.ComfyNode):
                 solver=SOLVERS[0], attention=None, store=None, size=0):
         models.check(model, inversion)
         skips, scales = skips_of(skip_values, inversion.steps), scales_of(cfg_values)
+        if len(skips) * len(scales) > MOST_EDITS:
+            raise ValueError(
+                f"{len(skips)} skips by {len(scales)} scales are {len(skips) * len(scales)} edits: a sheet holds up to "
+                f"{MOST_EDITS}. Give fewer skip_values or cfg_values."
+            )
         runs = [(sigmas_after(inversion, skip), cfg) for skip in skips for cfg in scales]
         sampler = LeditsSampler(inversion, solver=solver, attention=attention, store=store)
 
@@ -230,13 +236,13 @@ def _numbers(text, name, percent=True):
     Raises:
         ValueError: it is empty, or a word is no such number.
     """
-    words = re.sub(r"\s+%", "%", text).replace(";", ",").replace(",", " ").split()
+    words = " ".join(text.replace(";", " ").replace(",", " ").split()).replace(" %", "%").split()
     if not words:
         raise ValueError(f"{name} is empty: write numbers with commas between them, such as '0, 0.15, 0.3'.")
     for word in words:
-        if not re.fullmatch(r"\d*\.?\d+|\d+\.", word.removesuffix("%") if percent else word):
+        if len(word) > LONGEST or not re.fullmatch(r"\d*\.?\d+|\d+\.", word.removesuffix("%") if percent else word):
             raise ValueError(
-                f"{name} holds '{word}', which is no number of 0 or more: write numbers like '0, 0.15, 0.3'."
+                f"{name} holds '{word[:LONGEST]}', which is no number of 0 or more: write numbers like '0, 0.15, 0.3'."
             )
     return [(word, float(word.removesuffix("%"))) for word in words]
 

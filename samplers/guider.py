@@ -38,10 +38,15 @@ class LeditsGuider(comfy.samplers.CFGGuider):
         positive, negative: CONDITIONING.
         cfg: classifier-free guidance scale.
         concepts: `sega.Concept`s, their conditioning being CONDITIONING.
+
+    Raises:
+        ValueError: cfg is not a number.
     """
 
     def __init__(self, model_patcher, positive, negative, cfg, concepts=()):
         super().__init__(model_patcher)
+        if not math.isfinite(cfg):
+            raise ValueError(f"cfg is {cfg}: choose a number.")
         self.concepts = tuple(concepts)
         self.rows = 0
         self._sega = self._compared = None

@@ -37,6 +37,7 @@ class AlongPath(PhasedSampler):
             extra_args: of every call, in place of the run's.
         """
         extra_args = extra_args or run.extra_args
+        check_caches(run.options)
 
         def denoise(y, sigma, i):
             comfy.model_management.throw_exception_if_processing_interrupted()
@@ -96,6 +97,20 @@ class EditFriendlyInverter(AlongPath):
             denoise = self.denoiser(run, bar, len(picture))
             rest = edit_friendly.residuals(latents, run.sigmas, self.etas, denoise, chunk, family=family)
         return self.record(run, latents, rest.cpu(), self.etas, self.method)
+
+
+def check_caches(options: dict):
+    """Refuse caches that leave out evaluations (EasyCache, LazyCache): each level of a path is evaluated for itself.
+
+    Raises:
+        ValueError: what to do.
+    """
+    wrappers = options.get("transformer_options", {}).get("wrappers", {})
+    if any(key in ("easycache", "lazycache") for by_key in wrappers.values() for key, own in by_key.items() if own):
+        raise ValueError(
+            "EasyCache or LazyCache on the model leaves out evaluations, and an inversion needs every one of them. Connect "
+            "the model before the cache to the inversion; the edit may have it."
+        )
 
 
 def levels_at_once(model_wrap: CFGGuider, shape, options: dict, wanted=0) -> int:

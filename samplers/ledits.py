@@ -163,6 +163,8 @@ class LeditsSampler(PhasedSampler):
             )
         if run.denoise_mask is not None:
             models.check_mask(run.model)
+            if not torch.isfinite(run.denoise_mask).all():
+                raise ValueError("The mask holds NaN or infinite numbers: look at the node that makes it.")
         if run.denoise_mask is not None and not run.denoise_mask.any():
             raise ValueError(
                 "The mask is empty, so nothing of the picture may change. Paint the area to edit in the mask editor, "

@@ -1,5 +1,7 @@
 """Text as cards and sheets draw it."""
 
+import bisect
+
 from PIL import ImageFont
 
 
@@ -22,6 +24,6 @@ def cut(text, room, width, ends=None):
     """
     if width(text) <= room:
         return text
-    while text and width(text + "...") > room:
-        text = text[:-1]
-    return text.rstrip(ends) + "..."
+    # the longest beginning that fits; widths grow with it
+    fits = bisect.bisect_right(range(len(text) + 1), room, key=lambda n: width(text[:n] + "...")) - 1
+    return text[: max(fits, 0)].rstrip(ends) + "..."

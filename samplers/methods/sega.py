@@ -5,6 +5,7 @@ give no edit (it gives NaN); guidance works at any cfg (it is ignored at cfg <= 
 (with equal settings the sum over concepts is its one momentum, as the recursion is linear).
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +38,11 @@ class Concept:
     momentum_scale: float = 0.1
     momentum_beta: float = 0.4
     weight: float = 1.0
+
+    def __post_init__(self):
+        for name in ("scale", "threshold", "momentum_scale", "momentum_beta", "weight"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"The {name} of a concept is {getattr(self, name)}: choose a number.")
 
     def cooled(self, step):
         return self.cooldown is not None and step >= self.cooldown

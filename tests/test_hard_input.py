@@ -1,0 +1,141 @@
+"""Text, numbers and files that nobody means: answered at once, with a sentence."""
+import dataclasses
+import functools
+import math
+import time
+
+import pytest
+import torch
+from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
+from comfyui_ledits.attention_hooks import blocks
+from comfyui_ledits.attention_hooks.backbones.unet import UNet
+from comfyui_ledits.attention_hooks.text import widget_text
+from comfyui_ledits.files import inversion_file, latent_formats
+from comfyui_ledits.nodes import attention_inputs, compare
+from comfyui_ledits.nodes.ddim_inversions import DDIMInversion, DirectInversion
+from comfyui_ledits.nodes.drawing import text
+from comfyui_ledits.nodes.edit_friendly_inversion import EditFriendlyInversion
+from comfyui_ledits.samplers.guider import LeditsGuider
+from comfyui_ledits.samplers.methods.sega import Concept
+from support import runs, tiny
+from support.runs import TARGET, edit, model, prompts
+
+pytestmark = pytest.mark.usefixtures("inference_mode")
+LONG = 200_000
+
+
+def soon(call):
+    """A call takes no time that grows with the square of what it is given."""
+    begun = time.perf_counter()
+    with pytest.raises(ValueError) as error:
+        call()
+    assert time.perf_counter() - begun < 2
+    assert len(str(error.value)) < 600
+    return str(error.value)
+
+
+# --- text -------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("given", ["a:" + " " * LONG + ":b", "a" * LONG, "1" * LONG + ":", ":" * LONG, " " * LONG + "x"])
+@pytest.mark.parametrize("parse", [widget_text.factors, widget_text.windows, widget_text.phrases])
+def test_long_lists_of_words_are_refused_at_once(parse, given):
+    assert "characters" in soon(lambda: parse(given))
+
+
+@pytest.mark.parametrize("given", ["a:" + " " * 9000 + ":b", "1" * 4000 + "-" * 4000 + ": x", "a: " + "1" * 9000 + "x"])
+def test_lists_of_the_longest_size_are_read_at_once(given):
+    soon(lambda: widget_text.windows(given))
+
+
+@pytest.mark.parametrize("given", [" " * LONG + "%x", "1" * LONG, "1" * LONG + "x", "9" * 400, "1 " * 9 + "%" * LONG])
+@pytest.mark.parametrize("parse", [lambda text: compare.skips_of(text, 50), compare.scales_of])
+def test_long_numbers_are_refused_at_once(parse, given):
+    soon(lambda: parse(given))
+
+
+def test_numbers_are_read_as_before():
+    assert compare.skips_of("0, 0.15; 30 %  18", 50) == [0, 8, 15, 18]
+    assert compare.scales_of("3, 7.5;15") == [3.0, 7.5, 15.0]
+    assert widget_text.factors("smiling: 2, hat= -1, a:b: .5") == (("smiling", 2.0), ("hat", -1.0), ("a:b", 0.5))
+    assert widget_text.windows("dog: 0.2; sofa: 0.1 - 0.6") == (("dog", (0.0, 0.2)), ("sofa", (0.1, 0.6)))
+
+
+def test_a_sweep_has_an_end():
+    path = runs.invert(EditFriendlyInversion, "sd1", steps=4)[0]
+    target, empty = prompts("sd1", TARGET, runs.EMPTY)
+    sweep = functools.partial(compare.Sweep.execute, model=model(), positive=target, negative=empty, inversion=path, vae=None)
+    assert "edits" in soon(lambda: sweep(skip_values="0 " * 600, cfg_values="1 " * 600))
+
+
+@pytest.mark.parametrize("given", ["@0", "@1/0", "@0/4", "@" + "9" * 400, "input." + "9" * 400, "@1/" + "9" * 400, "@<=0"])
+def test_impossible_blocks_are_no_selection(given):
+    layout = UNet(model().model.diffusion_model).layout
+    assert "no block" in soon(lambda: blocks.select(given, layout.layers, layout, (16, 16)))
+
+
+def test_a_long_label_is_cut_where_letter_by_letter_would_cut_it():
+    def width(words):
+        return 7.5 * len(words)
+
+    def slowly(words, room):
+        if width(words) <= room:
+            return words
+        while words and width(words + "...") > room:
+            words = words[:-1]
+        return words.rstrip() + "..."
+
+    words = "a word " * 60
+    for room in (0, 10, 22.5, 100, 333, 5000):
+        assert text.cut(words, room, width) == slowly(words, room)
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("number", ["nan", "inf", "-inf", "1e999"])
+def test_a_factor_that_is_no_number_is_refused(number):
+    assert "dog" in soon(lambda: widget_text.factors(f"dog: {number}"))
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_guidance_that_is_no_number_is_refused_before_the_model_runs(number):
+    source, empty = prompts("sd1")
+    assert "cfg" in soon(lambda: LeditsGuider(model(), source, empty, number))
+    for name in ("scale", "threshold", "momentum_scale", "momentum_beta", "weight"):
+        assert name in soon(lambda name=name: Concept(conditioning=source, **{name: number}))
+
+
+def test_a_mask_that_holds_nan_is_refused_before_the_model_runs():
+    path, mask = runs.invert(EditFriendlyInversion, "sd1", steps=4)[0], torch.ones(1, 64, 64)
+    mask[0, :32] = math.nan
+    with tiny.Calls(model()) as calls:
+        assert "mask" in soon(lambda: edit("sd1", path, cfg=2.0, mask=mask))
+    assert not calls.calls
+
+
+@pytest.mark.parametrize("start, end, fine", [(0.0, 0.4, True), (0.9, 0.2, False), (0.5, 0.5, False), (0.9, 0.0, True)])
+def test_a_window_that_ends_before_it_begins_is_refused(start, end, fine):
+    if fine:
+        assert attention_inputs.window(start, end, ("from", "to")) == (start, end)
+    else:
+        assert "ends before it begins" in soon(lambda: attention_inputs.window(start, end, ("from", "to")))
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+def test_numbers_that_no_latent_has_are_refused(tmp_path):
+    path = runs.invert(EditFriendlyInversion, "sd1", steps=4)[0]
+    huge = dataclasses.replace(path, latents=path.latents * 1e30)
+    inversion_file.save(tmp_path / "x.safetensors", huge, latent_formats.describe(path.latent_format))
+    assert "too large" in soon(lambda: inversion_file.load(tmp_path / "x.safetensors", latent_formats.make))
+    assert "impossible scale" in soon(lambda: latent_formats.make({"name": "SD15", "scale_factor": 1e-300}))
+
+
+# --- caches -----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("cache", [EasyCacheNode, LazyCacheNode])
+@pytest.mark.parametrize("node", [DDIMInversion, DirectInversion, EditFriendlyInversion])
+def test_a_cache_on_an_inversion_is_refused_before_the_model_runs(node, cache):
+    cached = cache.execute(model=model(), reuse_threshold=0.2, start_percent=0.15, end_percent=0.95, verbose=False)[0]
+    with tiny.Calls(model()) as calls:
+        assert "inversion needs every one" in soon(lambda: runs.invert(node, "sd1", on=cached, steps=4))
+    assert not calls.calls
