@@ -127,6 +127,8 @@ def load(path, make_latent_format) -> Inversion:
             overrides=overrides,
             latent_format=latent_format,
         )
+        if inversion.batch % inversion.draws:
+            raise ValueError(f"it holds {inversion.batch} latents a level for {inversion.draws} draws of every picture")
         if "denoised" not in tensors:
             return inversion
         return replace(inversion, residuals=_residuals(inversion, tensors["latents"], tensors["denoised"]))
@@ -176,12 +178,29 @@ def _metadata(file: TensorFile):
 
 def _settings(header):
     settings = parse(header["settings"], "settings")
-    if not isinstance(settings, dict):
+    if not isinstance(settings, dict) or not _sane(settings):
         raise ValueError("its settings cannot be read")
+    share = settings.get("tau_v", 1.0)
+    if not isinstance(share, (int, float)) or not 0 <= share <= 1:
+        raise ValueError("its settings cannot be read (tau_v is no share of the steps)")
+    draws = settings.get("draws", 1)
+    if not isinstance(draws, int) or draws < 1:
+        raise ValueError("its settings cannot be read (draws is no number of noises)")
     noted = {"source_prompt": header["source_prompt"]} if "source_prompt" in header else {}
     if header["dtype"] == "float16" and "rounding" in header:
         noted["float16"] = parse(header["rounding"], "header")
     return {k: v for k, v in settings.items() if k != "source_prompt"} | noted
+
+
+def _sane(value) -> bool:
+    """Whether a value read from JSON can be shown: numbers of a size that floats have, text that can be encoded."""
+    if isinstance(value, dict):
+        return all(_sane(k) and _sane(v) for k, v in value.items())
+    if isinstance(value, list):
+        return all(map(_sane, value))
+    if isinstance(value, str):
+        return value == value.encode("utf-8", "ignore").decode("utf-8")
+    return not isinstance(value, (int, float)) or abs(value) < 1e300
 
 
 def _latent_format(header, channels, make):

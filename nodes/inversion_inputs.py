@@ -25,9 +25,15 @@ def noise_levels(model: ModelPatcher, scheduler, steps, sigmas=None):
     Raises:
         ValueError: levels that no path can run on.
     """
-    if sigmas is None:
-        sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), scheduler, steps)
-    check_sigmas(sigmas, models.family(model))
+    family = models.family(model)
+    if sigmas is not None:
+        check_sigmas(sigmas, family)
+        return sigmas.float().cpu()
+    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), scheduler, steps)
+    try:
+        check_sigmas(sigmas, family)
+    except ValueError as error:
+        raise ValueError(f"The scheduler {scheduler} cannot make {steps} steps for this model. {error}") from None
     return sigmas.float().cpu()
 
 

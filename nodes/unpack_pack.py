@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 from einops import rearrange
 
-from ..samplers.methods.record import check_latent, check_sigmas
+from ..samplers.methods.record import check_sigmas
 from . import sockets
 from .inversion_inputs import CATEGORY
 
@@ -83,7 +83,8 @@ class PackInversion(io.ComfyNode):
                 f"{name} has shape {list(samples.shape)}; this inversion needs {[shape[0] * shape[1], *shape[2:]]} "
                 f"({shape[0]} levels of {shape[1]} picture{'s' * (shape[1] > 1)})."
             )
-        check_latent(samples)
+        if not samples.isfinite().all():
+            raise ValueError(f"{name} holds NaN or infinite numbers: look at the node that changed it.")
         return samples.view(shape)
 
 

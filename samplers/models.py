@@ -137,3 +137,9 @@ def check(model: ModelPatcher, inversion: Inversion):
             "This inversion was made with another kind of model. Invert the picture again with the model that is to "
             f"edit it. (Inversion: {inversion.model}. Here: {here}.)"
         )
+    latent_format, shape = model.model.latent_format, inversion.latents.shape
+    if (shape[2], len(shape) - 3) != (latent_format.latent_channels, latent_format.latent_dimensions):
+        raise ValueError(
+            f"The inversion has latents of {shape[2]} channels in {len(shape) - 3} dimensions, this model of "
+            f"{latent_format.latent_channels} in {latent_format.latent_dimensions}: it is damaged. Invert the picture again."
+        )

@@ -4,6 +4,7 @@ Where they go is the guider's conditioning of one run, which ComfyUI copies for 
 guider with a "positive" and a "negative" takes part.
 """
 
+import math
 import uuid
 
 import comfy.conds
@@ -48,6 +49,11 @@ class Overrides:
         self._words, self._value = self._prescribed.get("negative"), self._prescribed.get("value")
         self._value_steps = inversion.settings.get("tau_v", 1.0) * inversion.steps
         self._device, self._encoded, self._placed = run.device, {}, None
+        if self._value is not None and len(self._value) < min(self._value_steps, inversion.steps):
+            raise ValueError(
+                f"This inversion ({inversion.method}) prescribes values for {len(self._value)} steps, and acts in "
+                f"{math.ceil(self._value_steps)}: it is damaged. Invert the picture again."
+            )
         if "negative" not in guider.conds:  # a guider without one: nothing is subtracted
             self._words = None
         elif "negative_pooled" in self._prescribed or self._words is not None:
@@ -81,6 +87,13 @@ class Overrides:
         """
         negative, whole = self._guider.conds["negative"], {}
         if self._words is not None:
+            for entry in negative:
+                here = entry["model_conds"].get("c_crossattn")
+                if here is not None and here.cond.shape[-1] != self._words.shape[-1]:
+                    raise ValueError(
+                        f"This inversion ({self._method}) prescribes words of width {self._words.shape[-1]}, this model's have "
+                        f"{here.cond.shape[-1]}: it was made with another text encoder. Invert the picture again."
+                    )
             plain = {k for k, e in enumerate(negative)
                      if type(e["model_conds"].get("c_crossattn")) is comfy.conds.CONDCrossAttn}
             if len(plain) < len(negative) and len(self._words) > 1:

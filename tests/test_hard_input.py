@@ -1,6 +1,7 @@
 """Text, numbers and files that nobody means: answered at once, with a sentence."""
 import dataclasses
 import functools
+import json
 import math
 import time
 
@@ -12,12 +13,13 @@ from comfyui_ledits.attention_hooks.backbones.unet import UNet
 from comfyui_ledits.attention_hooks.text import widget_text
 from comfyui_ledits.files import inversion_file, latent_formats
 from comfyui_ledits.nodes import attention_inputs, compare
-from comfyui_ledits.nodes.ddim_inversions import DDIMInversion, DirectInversion
+from comfyui_ledits.nodes.ddim_inversions import DDIMInversion, DirectInversion, NegativePromptInversion
 from comfyui_ledits.nodes.drawing import text
 from comfyui_ledits.nodes.edit_friendly_inversion import EditFriendlyInversion
+from comfyui_ledits.nodes.unpack_pack import PackInversion, UnpackInversion
 from comfyui_ledits.samplers.guider import LeditsGuider
 from comfyui_ledits.samplers.methods.sega import Concept
-from support import runs, tiny
+from support import mutations, runs, tiny
 from support.runs import TARGET, edit, model, prompts
 
 pytestmark = pytest.mark.usefixtures("inference_mode")
@@ -128,6 +130,38 @@ def test_numbers_that_no_latent_has_are_refused(tmp_path):
     inversion_file.save(tmp_path / "x.safetensors", huge, latent_formats.describe(path.latent_format))
     assert "too large" in soon(lambda: inversion_file.load(tmp_path / "x.safetensors", latent_formats.make))
     assert "impossible scale" in soon(lambda: latent_formats.make({"name": "SD15", "scale_factor": 1e-300}))
+
+
+@pytest.mark.parametrize("settings", [{"tau_v": None}, {"tau_v": 7}, {"cfg": 10**400}, {"note": "\ud800"}, {"draws": 0},
+                                      {"draws": 2}, {"draws": "many"}])
+def test_settings_that_the_next_node_would_fall_over_are_refused(tmp_path, settings):
+    path = runs.invert(EditFriendlyInversion, "sd1", steps=4)[0]
+    inversion_file.save(tmp_path / "x.safetensors", path, latent_formats.describe(path.latent_format))
+    file, words = tmp_path / "x.safetensors", json.dumps({**path.settings, **settings})
+    file.write_bytes(mutations.change(file.read_bytes(), mutations.word("settings", words)))
+    assert "cannot be loaded" in soon(lambda: inversion_file.load(tmp_path / "x.safetensors", latent_formats.make))
+
+
+def test_records_that_do_not_fit_the_model_are_refused_before_it_runs():
+    path = runs.invert(NegativePromptInversion, "sd1", steps=4)[0]
+    wrong = {
+        "damaged": dataclasses.replace(path, latents=path.latents.repeat(1, 1, 4, 1, 1)),
+        "another text encoder": dataclasses.replace(path, overrides={"negative": torch.randn(1, 1, 77, 5)}),
+        "prescribes values for 2 steps": dataclasses.replace(path, overrides={"value": torch.randn(2, 1, 2, 77, tiny.CONTEXT)}),
+    }
+    for words, inversion in wrong.items():
+        with tiny.Calls(model()) as calls:
+            assert words in soon(lambda inversion=inversion: edit("sd1", inversion, cfg=2.0))
+        assert not calls.calls
+
+
+def test_refusals_say_whose_the_fault_is():
+    said = soon(lambda: runs.invert(EditFriendlyInversion, "flux", steps=1, scheduler="kl_optimal"))
+    assert "kl_optimal" in said and "1 steps" in said
+    inversion = runs.invert(EditFriendlyInversion, "sd1", steps=4)[0]
+    path, maps, _ = UnpackInversion.execute(inversion=inversion).result
+    maps["samples"][0, 0, 0, 0] = math.nan
+    assert "node that changed it" in soon(lambda: PackInversion.execute(inversion=inversion, noise_maps=maps))
 
 
 # --- caches -----------------------------------------------------------------------------------------------------------
