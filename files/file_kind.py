@@ -1,9 +1,12 @@
 """The pack's own kinds of files: a name and a version in the header, and errors as whole sentences."""
 
 import contextlib
+import errno
 import os
 import re
 from dataclasses import dataclass
+
+from safetensors import SafetensorError
 
 from .tensor_file import HEADER_LIMIT, TENSOR_LIMIT, TensorFile
 
@@ -84,11 +87,21 @@ class FileKind:
 
 @contextlib.contextmanager
 def whole(path):
-    """Yields the path of a file to write, which takes the place of `path` at the end: complete, or not at all."""
+    """Yields the path of a file to write, which takes the place of `path` at the end: complete, or not at all.
+
+    Raises:
+        OSError: it cannot be written, also where safetensors says so in an error of its own.
+    """
     part = f"{path}.part"
     try:
+        with open(part, "w"):
+            mode = os.stat(part).st_mode  # of a file that the user makes; safetensors' own are his alone
         yield part
+        os.chmod(part, mode)
         os.replace(part, path)
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(errno.EIO, str(error)) from None
     finally:
         if os.path.exists(part):
             os.remove(part)

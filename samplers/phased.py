@@ -72,6 +72,27 @@ class PhasedSampler(comfy.samplers.Sampler):
     phase = ""
     on_phase: Callable[[str], None] | None = None
 
+    @property
+    def extra_options(self) -> dict:
+        """As of core's KSAMPLER, whose fields other packs read."""
+        return {}
+
+    @property
+    def inpaint_options(self) -> dict:
+        """As of core's KSAMPLER."""
+        return {}
+
+    def sampler_function(self, *_, **__):
+        """As of core's KSAMPLER, for nodes that run a sampler's function inside one of their own.
+
+        Raises:
+            ValueError: always. Such a node changes the model or the levels on the way, which a path does not allow.
+        """
+        raise ValueError(
+            f"{type(self).__name__} edits along a path that was made beforehand, so it cannot run inside another sampler "
+            "(a node that takes a SAMPLER and gives one, such as Detail Daemon). Connect it to SamplerCustomAdvanced directly."
+        )
+
     def tell(self, text: str):
         """Say what is being done, where somebody asked for it by `on_phase`."""
         if self.on_phase is not None:

@@ -5,7 +5,10 @@ import json
 import math
 import time
 
+import comfy.samplers
 import pytest
+import safetensors
+import safetensors.torch
 import torch
 from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
 from comfyui_ledits.attention_hooks import blocks
@@ -16,6 +19,7 @@ from comfyui_ledits.nodes import attention_inputs, compare
 from comfyui_ledits.nodes.ddim_inversions import DDIMInversion, DirectInversion, NegativePromptInversion
 from comfyui_ledits.nodes.drawing import text
 from comfyui_ledits.nodes.edit_friendly_inversion import EditFriendlyInversion
+from comfyui_ledits.nodes.sampling import LeditsSamplerNode
 from comfyui_ledits.nodes.unpack_pack import PackInversion, UnpackInversion
 from comfyui_ledits.samplers.guider import LeditsGuider
 from comfyui_ledits.samplers.methods.sega import Concept
@@ -142,6 +146,26 @@ def test_settings_that_the_next_node_would_fall_over_are_refused(tmp_path, setti
     assert "cannot be loaded" in soon(lambda: inversion_file.load(tmp_path / "x.safetensors", latent_formats.make))
 
 
+def test_a_full_disk_is_an_error_of_the_disk(tmp_path, monkeypatch):
+    """safetensors has an error of its own for it."""
+    path = runs.invert(EditFriendlyInversion, "sd1", steps=4)[0]
+
+    def fails(*_):
+        raise safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", fails)
+    with pytest.raises(OSError, match="No space left"):
+        inversion_file.save(tmp_path / "x.safetensors", path, latent_formats.describe(path.latent_format))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_saved_file_has_the_mode_of_any_other(tmp_path):
+    path, other = runs.invert(EditFriendlyInversion, "sd1", steps=4)[0], tmp_path / "other"
+    other.write_text("")
+    inversion_file.save(tmp_path / "x.safetensors", path, latent_formats.describe(path.latent_format))
+    assert (tmp_path / "x.safetensors").stat().st_mode == other.stat().st_mode
+
+
 def test_records_that_do_not_fit_the_model_are_refused_before_it_runs():
     path = runs.invert(NegativePromptInversion, "sd1", steps=4)[0]
     wrong = {
@@ -172,4 +196,22 @@ def test_a_cache_on_an_inversion_is_refused_before_the_model_runs(node, cache):
     cached = cache.execute(model=model(), reuse_threshold=0.2, start_percent=0.15, end_percent=0.95, verbose=False)[0]
     with tiny.Calls(model()) as calls:
         assert "inversion needs every one" in soon(lambda: runs.invert(node, "sd1", on=cached, steps=4))
+    assert not calls.calls
+
+
+# --- a sampler inside another ------------------------------------------------------------------------------------------
+
+def test_a_node_that_runs_samplers_inside_its_own_is_told_why_it_cannot():
+    """As Detail Daemon and its like do: KSAMPLER's fields are read, its function is called."""
+    path = runs.invert(EditFriendlyInversion, "sd1", steps=4)[0]
+    inner, sigmas = LeditsSamplerNode.execute(inversion=path, skip=0).result
+
+    def wrapped(model, x, sigmas, **options):
+        return inner.sampler_function(model, x, sigmas, **{**options, **inner.extra_options})
+
+    outer = comfy.samplers.KSAMPLER(wrapped, inpaint_options=inner.inpaint_options)
+    guider = LeditsGuider(model(), *prompts("sd1"), 1.0)
+    latent = {"samples": path.latent_format.process_out(path.latents[0])}
+    with tiny.Calls(model()) as calls:
+        assert "inside another sampler" in soon(lambda: runs.in_parts(guider, outer, sigmas, latent))
     assert not calls.calls
