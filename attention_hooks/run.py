@@ -121,5 +121,6 @@ class AttentionRun:
 
 def _evaluated_branches(guider: CFGGuider, options: dict):
     """Branches of the target that the guider evaluates."""
-    without = math.isclose(guider.cfg, 1.0) and not options.get("disable_cfg1_optimization", False)
+    known = type(guider).predict_noise is CFGGuider.predict_noise or hasattr(guider, "concepts")  # others have no one cfg
+    without = known and math.isclose(guider.cfg, 1.0) and not options.get("disable_cfg1_optimization", False)
     return (COND,) if without and not getattr(guider, "concepts", ()) else (COND, UNCOND)

@@ -32,6 +32,7 @@ class TargetPass:
     def __init__(self, *, plan: Plan, backbone: UNet, source: SourcePass, guider: CFGGuider, options: dict):
         self.plan, self.backbone, self.source, self.guider, self.options = plan, backbone, source, guider, options
         self.size, self.batch = plan.setting.size, plan.setting.batch
+        self.positive = {c["uuid"] for c in guider.conds.get("positive") or []}
         self.targets, self.compared = self._target_entries(), self._compared_entries()
         self._step = None
 
@@ -94,7 +95,7 @@ class TargetPass:
         options[BRANCHES_DIFFER] = True
         if self.plan.reads_words:
             name = "sampler_calc_cond_batch_function"
-            options[name] = CondFirst(options.get(name))
+            options[name] = CondFirst(options.get(name), self.positive)
         return options
 
     def gradient(self, y: torch.Tensor, sigma: float, options: dict, differentiate, comparison: Comparison, loss):
@@ -120,6 +121,12 @@ class TargetPass:
             bound.forget_maps()
         return slope
 
+    def _branches(self, call: NetworkCall) -> list[str]:
+        """COND or UNCOND of every chunk, by its conditioning: what number a guider gives it says nothing (Dual CFG)."""
+        if not call.uuids:
+            return [UNCOND if part else COND for part in call.parts]
+        return [COND if uuid in self.positive else UNCOND for uuid in call.uuids]
+
     def _untouched(self, call: NetworkCall):
         """Entries with an area have another token grid, and no place in the source: they stay as they are."""
         return call.size != self.size
@@ -129,7 +136,7 @@ class TargetPass:
 
     def _self_attention(self, layer: Layer, q, k, v, call: AttentionCall):
         edits = self.plan.at(self._step).self_edits
-        edits = [edits.get((layer.key, UNCOND if part else COND), []) for part in call.parts]
+        edits = [edits.get((layer.key, branch), []) for branch in self._branches(call)]
         if self._untouched(call) or not any(edits):
             return call(q, k, v)
         call.check_rows(q, self.batch * len(call.parts))
@@ -139,8 +146,8 @@ class TargetPass:
     def _cross_attention(self, layer: Layer, q, k, v, call: AttentionCall):
         edited = [
             (c, slice(c * self.batch, (c + 1) * self.batch))
-            for c, part in enumerate(call.parts)
-            if part == 0 and call.uuids[c] in self.targets
+            for c, uuid in enumerate(call.uuids or ())
+            if uuid in self.targets
         ]
         if self._untouched(call) or not edited:
             return call(q, k, v)
@@ -161,8 +168,8 @@ class TargetPass:
         if self._untouched(call):
             return h
         features, out = self.plan.at(self._step).features, h
-        for c, part in enumerate(call.parts):
-            for branch in features.get((block.key, UNCOND if part else COND), ()):
+        for c, own in enumerate(self._branches(call)):
+            for branch in features.get((block.key, own), ()):
                 out = h.clone() if out is h else out
                 out[c * self.batch : (c + 1) * self.batch] = self._fetch("feature", block, h, branch, "h")
         return out
@@ -173,18 +180,20 @@ class CondFirst:
 
     Args:
         previous: another pack's function, or None.
+        positive: uuids of the positive's entries.
     """
 
-    def __init__(self, previous):
-        self.previous = previous
+    def __init__(self, previous, positive: set):
+        self.previous, self.positive = previous, positive
 
     def __call__(self, args):
         conds, call = args["conds"], self.previous or _evaluate
-        first = call(args | {"conds": [conds[0], *[None] * (len(conds) - 1)]})
-        if all(c is None for c in conds[1:]):
-            return first
-        rest = call(args | {"conds": [None, *conds[1:]]})
-        return [first[0], *rest[1:]]
+        mine = [c is not None and any(entry["uuid"] in self.positive for entry in c) for c in conds]
+        if not any(mine) or all(own or c is None for own, c in zip(mine, conds)):
+            return call(args)
+        first, rest = (call(args | {"conds": [c if own == wanted else None for own, c in zip(mine, conds)]})
+                       for wanted in (True, False))
+        return [a if own else b for own, a, b in zip(mine, first, rest)]
 
 
 def _evaluate(args):
