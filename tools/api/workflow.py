@@ -152,7 +152,7 @@ def _widgets(described, values, prefix=""):
             # "fixed", "randomize", ...: the editor adds it to every seed
             if options.get("control_after_generate") or (kind == "INT" and name in ("seed", "noise_seed")):
                 next(values, None)
-            if options.get("image_upload"):  # the upload button
+            if options.get("image_upload") or options.get("video_upload"):  # the upload button
                 next(values, None)
 
 
