@@ -23,6 +23,7 @@ EDITORS = ("target", "concept", "ledits")
 METHODS = (*(f"{inversion}+target" for inversion in INVERSIONS), "edit-friendly+concept", "edit-friendly+ledits",
            "flowedit+concept")
 STEPS, SOURCE_CFG = 28, 1.0
+# Concepts alone have no prompt, as in LEDITS' first way to edit.
 CONCEPT = {"scale": 5.0, "threshold": 0.9, "warmup": 0, "momentum_scale": 0.3, "momentum_beta": 0.6}
 
 
@@ -66,7 +67,7 @@ def build(method, item, image, settings, concept):
         "picture": node("LoadImage", image=image),
         "encoded": node("VAEEncode", pixels=["picture", 0], vae=["loader", 2]),
         "empty": _text(""), "source": _text(item.source), "target": _text(item.target),
-        "inversion": _inversion(kind, own, settings),
+        "inversion": _inversion(kind, own, settings, "empty" if editor == "concept" else "source"),
     }
     model = ["loader", 0]
     if held:
@@ -81,7 +82,7 @@ def build(method, item, image, settings, concept):
                                 weight=1.0, **{**CONCEPT, "scale": scale})
         more["concepts"] = ["concept", 0]
     alone = editor == "concept"
-    nodes["edit"] = node("LEDITS_KSampler", model=model, positive=["source" if alone else "target", 0], negative=["empty", 0],
+    nodes["edit"] = node("LEDITS_KSampler", model=model, positive=["empty" if alone else "target", 0], negative=["empty", 0],
                          inversion=["inversion", 0], cfg=SOURCE_CFG if alone else guidance, skip=0 if held else knob, **more)
     nodes["decoded"] = node("VAEDecode", samples=["edit", 0], vae=["loader", 2])
     nodes["shown"] = node("PreviewImage", images=["decoded", 0])
@@ -92,10 +93,10 @@ def _text(text):
     return node("CLIPTextEncode", text=text, clip=["loader", 1])
 
 
-def _inversion(kind, own, settings):
+def _inversion(kind, own, settings, prompt):
     inputs = {"model": ["loader", 0], "latent": ["encoded", 0], "steps": settings.steps, "scheduler": "simple", **own}
     if kind != "LEDITS_SDEditPath":
-        inputs |= {"positive": ["source", 0], "negative": ["empty", 0], "cfg": SOURCE_CFG}
+        inputs |= {"positive": [prompt, 0], "negative": ["empty", 0], "cfg": SOURCE_CFG}
     if kind != "LEDITS_DirectInversion":
         inputs["seed"] = settings.seed
     return node(kind, **inputs)
