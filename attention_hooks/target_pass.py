@@ -1,6 +1,7 @@
 """The target pass: a plan's edits carried out in the model's calls, with what the source pass captured."""
 
 import functools
+import uuid
 
 import comfy.samplers
 import torch
@@ -33,6 +34,7 @@ class TargetPass:
         self.plan, self.backbone, self.source, self.guider, self.options = plan, backbone, source, guider, options
         self.size, self.batch = plan.setting.size, plan.setting.batch
         self.positive = {c["uuid"] for c in guider.conds.get("positive") or []}
+        self._tell_apart()
         self.targets, self.compared = self._target_entries(), self._compared_entries()
         self._step = None
 
@@ -75,7 +77,7 @@ class TargetPass:
             whole = [c for c in self.guider.conds.get("positive") or [] if everywhere(c, self.size) and "default" not in c]
             lengths = {c["uuid"]: c["model_conds"]["c_crossattn"].cond.shape[1] for c in whole}
             bound.check_lengths(tokens, set(lengths.values()))
-            compared |= {uuid: length for uuid, length in lengths.items() if length == tokens}
+            compared |= {own: length for own, length in lengths.items() if length == tokens}
         return set(compared)
 
     def begin(self, step: int) -> dict:
@@ -121,11 +123,19 @@ class TargetPass:
             bound.forget_maps()
         return slope
 
+    def _tell_apart(self):
+        """Core gives the negative an entry like the positive's for each of its areas, which keeps the positive's uuid."""
+        for name, entries in self.guider.conds.items():
+            if name != "positive" and entries and any(c["uuid"] in self.positive for c in entries):
+                self.guider.conds[name] = [
+                    {**c, "uuid": uuid.uuid4()} if c["uuid"] in self.positive else c for c in entries
+                ]
+
     def _branches(self, call: NetworkCall) -> list[str]:
         """COND or UNCOND of every chunk, by its conditioning: what number a guider gives it says nothing (Dual CFG)."""
         if not call.uuids:
             return [UNCOND if part else COND for part in call.parts]
-        return [COND if uuid in self.positive else UNCOND for uuid in call.uuids]
+        return [COND if own in self.positive else UNCOND for own in call.uuids]
 
     def _untouched(self, call: NetworkCall):
         """Entries with an area have another token grid, and no place in the source: they stay as they are."""
@@ -146,8 +156,8 @@ class TargetPass:
     def _cross_attention(self, layer: Layer, q, k, v, call: AttentionCall):
         edited = [
             (c, slice(c * self.batch, (c + 1) * self.batch))
-            for c, uuid in enumerate(call.uuids or ())
-            if uuid in self.targets
+            for c, own in enumerate(call.uuids or ())
+            if own in self.targets
         ]
         if self._untouched(call) or not edited:
             return call(q, k, v)

@@ -155,7 +155,7 @@ def test_the_demo_runs(server_url, tmp_path):
     done = run_demo("--server", server_url, "--output", tmp_path / "out", "red_star", "wide_green_circle_and_red_star")
     assert done.returncode == 0, done.stdout + done.stderr
     written = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert len(written) == 2 * 5 + 1 and "contact sheet.png" in written
+    assert len(written) == 2 * 6 + 1 and "contact sheet.png" in written
     assert Image.open(tmp_path / "out" / "wide_green_circle_and_red_star - prompt.png").size == (192, 128)
     rows = [line.split() for line in done.stdout.splitlines() if re.match(r"red_star +(concept|prompt)", line)]
     edit, other = ([int(row[column]) for row in rows] for column in (-3, -2))
