@@ -110,7 +110,8 @@ def load(path, make_latent_format) -> Inversion:
         header, entries, settings, latent_format = _header(file, make_latent_format)
         tensors = file.read_all(entries, header["sha256"])
         _check_levels(tensors["sigmas"], tensors["etas"])
-        if any(bool((value.abs() > LARGEST).any()) for value in tensors.values()):
+        ends = (end for value in tensors.values() if value.numel() for end in value.aminmax())  # needs no copy of the path
+        if any(abs(float(end)) > LARGEST for end in ends):
             raise ValueError("its numbers are too large to be latents")
         overrides = {n.removeprefix("overrides."): t for n, t in tensors.items() if n.startswith("overrides.")}
         inversion = Inversion(

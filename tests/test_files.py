@@ -144,7 +144,7 @@ def test_a_replaced_file_is_read_again(folders, raw):
 
 def test_a_prompt_is_noted(folders):
     SaveInversion.execute(inversion=record()[0], filename_prefix="x", dtype="float32", source_prompt="a cat\non a mat")
-    inversion, x_T, prompt = LoadInversion.execute(file="x_00001_.ledits.safetensors [output]").result
+    inversion, x_T, prompt, _ = LoadInversion.execute(file="x_00001_.ledits.safetensors [output]").result
     assert prompt == "a cat\non a mat" == inversion.settings["source_prompt"]
     assert torch.equal(x_T["samples"], inversion.latents[0] / 0.18215)
     with pytest.raises(ValueError, match="shorten the prompt"):
