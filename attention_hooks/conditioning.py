@@ -53,6 +53,6 @@ def repeats_by_picture(entries: list[dict], pictures: int) -> bool:
     ComfyUI repeats what is encoded over all rows of a call; only where its rows divide the number of pictures does each
     level begin with the first of them again.
     """
-    values = (value.cond for entry in entries for value in entry.get("model_conds", {}).values())
+    values = (getattr(value, "cond", None) for entry in entries for value in entry.get("model_conds", {}).values())
     tensors = (t for value in values for t in (value if isinstance(value, (list, tuple)) else [value]))
     return all(pictures % t.shape[0] == 0 for t in tensors if isinstance(t, torch.Tensor) and t.ndim and t.shape[0])

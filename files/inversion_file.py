@@ -69,7 +69,7 @@ def save(path, inversion: Inversion, latent_format, half=False):
         stored = {name: value.half() for name, value in exact.items()}
         if not all(torch.isfinite(value).all() for value in stored.values()):
             raise ValueError("This inversion holds numbers above 65504, too large for float16: save it as float32.")
-        if inversion.residuals is not None and inversion.family == "flow":
+        if inversion.residuals is not None and inversion.kind.bounded:
             stored["denoised"] = torch.stack([inversion.denoised(i) for i in range(inversion.steps)]).half()
             stored["residuals"] = _residuals(inversion, stored["latents"], stored["denoised"])
         cost = rounding(inversion, stored)
@@ -233,7 +233,7 @@ def _check_shapes(entries: dict[str, Entry], dtype: str):
         if name in expected:
             fits = entry.shape == expected[name]
         elif name == "mask":
-            fits = len(entry.shape) == 3 and all(entry.shape)
+            fits = len(entry.shape) in (3, 5) and all(entry.shape)
         elif name == kind or kind not in _RANKS:
             raise ValueError(
                 f"it holds {name[:80]!r}, which this version cannot apply (update the pack if it is newer)"

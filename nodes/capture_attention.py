@@ -50,7 +50,7 @@ class CaptureAttention(io.ComfyNode):
         sampler = CaptureSampler(inversion, attention, dtype=DTYPES[precision], all_steps=all_steps)
         guider = LeditsGuider(model, source_conditioning(attention) or negative, negative, 1.0)
         picture = inversion.latent_format.process_out(inversion.latents[-1])
-        feedback.sample(guider, sampler, picture, sigmas)
+        feedback.sample(guider, sampler, picture, sigmas, mask=inversion.mask)
         costs = feedback.costs(guider.rows, len(sigmas) - 1, store_bytes=sampler.store.nbytes)
         return io.NodeOutput(sampler.store, ui=costs)
 

@@ -114,7 +114,7 @@ class DdimPath:
 
     def then(self, sampler: PhasedSampler, cfg):
         guider = LeditsGuider(self.model, *self.prompts, cfg)
-        self.x_T = run(guider, sampler, self.samples, self.sigmas)
+        self.x_T = run(guider, sampler, self.samples, self.sigmas, latent=self.latent)
         self.rows, self.inversion = self.rows + guider.rows, sampler.inversion
 
     def simulate(self, path):

@@ -71,7 +71,7 @@ class EditFriendlyInversion(io.ComfyNode):
             seed=seed, etas=etas, steps_at_once=steps_at_once, noise=noise, settings=settings
         )
         guider = LeditsGuider(model, positive, negative, cfg)
-        x_T = run(guider, inverter, samples, sigmas, seed=seed)
+        x_T = run(guider, inverter, samples, sigmas, latent=latent, seed=seed)
         return output(inverter.inversion, x_T, guider.rows, latent, note=feedback.guidance_note(model, positive))
 
 

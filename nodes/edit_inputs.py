@@ -2,11 +2,11 @@
 
 import comfy.model_management
 from comfy_api.latest import io
-from einops import rearrange
 
 from ..samplers.guider import LeditsGuider
 from ..samplers.ledits import SOLVERS
 from ..samplers.methods.record import Inversion
+from ..samplers.model_inputs import shaped_mask
 from ..samplers.phased import PhasedSampler
 from . import feedback, sockets
 
@@ -106,10 +106,7 @@ def edit(guider: LeditsGuider, sampler: PhasedSampler, sigmas, *, mask=None, run
     path = sampler.inversion
     picture = path.latent_format.process_out(path.latents[-1])
     mask = path.mask if mask is None else mask
-    if mask is not None and path.draws > 1 and len(mask) > 1:
-        mask = mask.repeat(path.draws, 1, 1)
-    if mask is not None and picture.ndim == 5 and path.batch > 1 and mask.ndim == 3:
-        # one for each picture; core would take them as frames
-        mask = rearrange(mask.expand(path.batch, -1, -1) if len(mask) == 1 else mask, "b h w -> b 1 1 h w")
+    if mask is not None:
+        mask = shaped_mask(mask, path.pictures, path.draws, picture.ndim == 5)
     samples = feedback.sample(guider, sampler, picture, sigmas, mask=mask, runs=runs)
     return samples.to(comfy.model_management.intermediate_device())

@@ -95,7 +95,7 @@ class FlowEditSource(io.ComfyNode):
             seed=seed, etas=torch.zeros(len(sigmas) - 1), method="FlowEdit", settings=noted
         )
         guider = LeditsGuider(model, positive, negative, cfg)
-        x_T = run(guider, inverter, samples, sigmas, seed=seed)
+        x_T = run(guider, inverter, samples, sigmas, latent=latent, seed=seed, draws=draws)
         note = _note(model, positive, settings["settings"], published_for, exact)
         return output(inverter.inversion, x_T, guider.rows, latent, note=note)
 

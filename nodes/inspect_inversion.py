@@ -110,7 +110,7 @@ def _with_vae(inversion: Inversion, vae):
 
 def _compared(inversion: Inversion, reconstruction, vae):
     """(values [B], name of the number) of a reconstruction against the encoded picture."""
-    samples, picture = reconstruction["samples"].float().cpu(), inversion.latents[-1]
+    samples, picture = reconstruction["samples"].float().cpu(), inversion.latents[-1][: inversion.pictures]
     if samples.shape != picture.shape:
         raise ValueError(
             f"The reconstruction has the shape {list(samples.shape)}, the inverted picture {list(picture.shape)}: "
@@ -119,10 +119,10 @@ def _compared(inversion: Inversion, reconstruction, vae):
     if vae is None:
         difference = inversion.latent_format.process_in(samples) - picture
         error = inversion_statistics.rms(difference) / inversion_statistics.rms(picture)
-        return [f"{100 * float(e):.2g} %" for e in error], "picture error"
+        return [f"{100 * float(e):.2g} %" for e in error] * inversion.draws, "picture error"
     a, b = (decoded(vae, x)[..., :3].double().cpu() for x in (samples, inversion.latent_format.process_out(picture)))
     mse = (a - b).square().reshape(len(samples), -1).mean(1)
-    return [f"{float(-10 * e.clamp(min=1e-12).log10()):.1f} dB" for e in mse], "PSNR to picture"
+    return [f"{float(-10 * e.clamp(min=1e-12).log10()):.1f} dB" for e in mse] * inversion.draws, "PSNR to picture"
 
 
 def _card(inversion: Inversion, b, decode, findings: _Findings):

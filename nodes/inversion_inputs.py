@@ -13,6 +13,7 @@ from comfy_api.latest import io
 from ..samplers import models
 from ..samplers.methods.noise_regularisation import NoiseRegularisation
 from ..samplers.methods.record import Inversion, check_latent, check_sigmas
+from ..samplers.model_inputs import shaped_mask
 from ..samplers.phased import PhasedSampler
 from . import feedback, sockets
 
@@ -122,7 +123,7 @@ class PathNoise:
             raise ValueError(
                 f"The LATENT has shape {list(given.shape)}, the inversion {list(start.shape)}: connect its x_T as latent."
             )
-        if path.kind.highest > 1:
+        if not path.kind.bounded:
             if not torch.allclose(given, start, rtol=1e-3, atol=1e-3 * float(start.std())):
                 raise ValueError("Connect the inversion's x_T as the latent of a sampler that takes the inversion's noise.")
             return torch.zeros_like(samples)
@@ -141,8 +142,17 @@ def output(inversion: Inversion, x_T: torch.Tensor, rows: int, latent: dict, **m
     mask = latent.get("noise_mask")
     if mask is not None:
         start["noise_mask"] = mask
-        inversion = replace(inversion, mask=mask.detach().float().cpu().flatten(0, -3))
+        inversion = replace(inversion, mask=_mask_of(latent))
     return io.NodeOutput(inversion, start, PathNoise(inversion), ui=ui)
+
+
+def _mask_of(latent: dict) -> torch.Tensor | None:
+    """The mask of a LATENT as MASK [M, h, w], one for each frame [B, 1, T, h, w], or None."""
+    mask = latent.get("noise_mask")
+    if mask is None:
+        return None
+    mask = mask.detach().float().cpu()
+    return mask if mask.ndim == 5 else mask.reshape(-1, *mask.shape[-2:])
 
 
 def picture(model: ModelPatcher, latent):
@@ -156,9 +166,17 @@ def picture(model: ModelPatcher, latent):
     return samples
 
 
-def run(guider: CFGGuider, inverter: PhasedSampler, samples, sigmas, *, seed=0):
-    """Run a SAMPLER of `samplers.inverters`; `x_T` on the device of all LATENTs."""
-    x_T = feedback.sample(guider, inverter, samples, sigmas, seed=seed)
+def run(guider: CFGGuider, inverter: PhasedSampler, samples, sigmas, *, latent: dict, seed=0, draws=1):
+    """Run a SAMPLER of `samplers.inverters`; `x_T` on the device of all LATENTs.
+
+    Args:
+        samples: the pictures that are inverted, each `draws` times.
+        latent: the LATENT they are from, whose mask is an input of some models.
+    """
+    mask = _mask_of(latent)
+    if mask is not None:
+        mask = shaped_mask(mask, len(samples) // draws, draws, samples.ndim == 5)
+    x_T = feedback.sample(guider, inverter, samples, sigmas, mask=mask, seed=seed)
     return x_T.to(comfy.model_management.intermediate_device())
 
 

@@ -58,7 +58,7 @@ def _inverted(inverter, *, model, positive, negative, latent, cfg, steps, schedu
     samples = picture(model, latent)
     with gradients.differentiable(model) as differentiable:
         guider = LeditsGuider(differentiable, positive, negative, cfg)
-        x_T = run(guider, inverter, samples, sigmas)
+        x_T = run(guider, inverter, samples, sigmas, latent=latent)
     inversion = inverter.inversion
     return output(inversion, x_T, guider.rows, latent, loss=inversion.settings.get("loss"))
 

@@ -47,7 +47,7 @@ class RFInversion(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, positive, negative, latent, cfg, steps, scheduler, seed, gamma, sigmas=None):
-        if models.family(model).highest > 1:
+        if not models.family(model).bounded:
             raise ValueError(
                 f"RF-Inversion is for flow models (Flux, SD3, Qwen-Image, ...); {type(model.model).__name__} is not one. "
                 "Use DDIM or Direct Inversion, or Edit-Friendly DDPM Inversion."
@@ -55,7 +55,7 @@ class RFInversion(io.ComfyNode):
         sigmas, samples = noise_levels(model, scheduler, steps, sigmas), picture(model, latent)
         settings = {"cfg": cfg, "seed": seed, "gamma": gamma, "scheduler": scheduler}
         inverter, guider = RFInverter(seed, gamma, settings), LeditsGuider(model, positive, negative, cfg)
-        x_T = run(guider, inverter, samples, sigmas, seed=seed)
+        x_T = run(guider, inverter, samples, sigmas, latent=latent, seed=seed)
         return output(inverter.inversion, x_T, guider.rows, latent)
 
 

@@ -36,8 +36,7 @@ def check(model: ModelPatcher):
     Raises:
         ValueError: what it is.
     """
-    variance_exploding = models.family(model).highest > 1
-    if not (variance_exploding and isinstance(model.get_model_object("diffusion_model"), UNetModel)):
+    if models.family(model).bounded or not isinstance(model.get_model_object("diffusion_model"), UNetModel):
         raise ValueError(
             f"{type(model.model).__name__} is not a U-Net of Stable Diffusion's kind (flow models are not). Inversions "
             "that learn need one: SD 1.x, SD 2.x, SDXL and checkpoints made from them. Use an inversion without learning "

@@ -13,6 +13,7 @@ from ..attention_hooks.conditioning import repeats_by_picture
 from . import models
 from .methods import edit_friendly
 from .methods.record import Inversion, check_latent, check_sigmas
+from .model_inputs import check_levels_are_one
 from .phased import PhasedSampler, Run
 
 # Pictures in one call: on a CPU 16 take a tenth less time than calls of 4 each, and 64 a fifth more.
@@ -38,6 +39,7 @@ class AlongPath(PhasedSampler):
         """
         extra_args = extra_args or run.extra_args
         check_caches(run.options)
+        check_levels_are_one(run)
 
         def denoise(y, sigma, i):
             comfy.model_management.throw_exception_if_processing_interrupted()

@@ -11,7 +11,7 @@ from tqdm.auto import trange
 from ..attention_hooks.edits import Control
 from ..attention_hooks.run import AttentionRun
 from ..attention_hooks.store import AttentionStore
-from . import models
+from . import model_inputs, models
 from .inverters import can_batch_levels
 from .latent_gradient import latent_gradient
 from .methods.families import Family, Step, second_order
@@ -90,7 +90,7 @@ class LeditsSampler(PhasedSampler):
                 free = mask_at(min(i + 1 - start, steps - 1))
                 y = free * y + (1 - free) * path.latents[i + 1].to(run.device)
         self.observed = None if attention is None else attention.observed(y)
-        y = y[: path.batch // path.draws]
+        y = y[: path.pictures]
         # the end of the path is the picture, whatever its level
         return y if start + steps == path.steps else models.leave(run.model, levels_there[start + steps], y)
 
@@ -156,15 +156,19 @@ class LeditsSampler(PhasedSampler):
             )
         if not 0 <= self.free_steps <= path.steps:
             raise ValueError(f"free_steps is {self.free_steps}, but the inversion has {path.steps} steps.")
+        if self.free_steps and (path.residuals is None or path.shifts is not None):
+            raise ValueError(
+                f"free_steps leave out noise maps, which '{path.method}' does not have: set it to 0, or invert with "
+                "Edit-Friendly DDPM Inversion or FlowEdit Source."
+            )
         if self.attention and (path.draws > 1 or path.shifts is not None):
             raise ValueError(
                 "Attention control cannot follow an inversion of several draws or with input shifts, as its source is "
                 "one latent at each step. Invert with one draw and without input shift."
             )
-        if run.denoise_mask is not None:
-            models.check_mask(run.model)
-            if not torch.isfinite(run.denoise_mask).all():
-                raise ValueError("The mask holds NaN or infinite numbers: look at the node that makes it.")
+        model_inputs.check(run, path)
+        if run.denoise_mask is not None and not torch.isfinite(run.denoise_mask).all():
+            raise ValueError("The mask holds NaN or infinite numbers: look at the node that makes it.")
         if run.denoise_mask is not None and not run.denoise_mask.any():
             raise ValueError(
                 "The mask is empty, so nothing of the picture may change. Paint the area to edit in the mask editor, "

@@ -1,6 +1,5 @@
 """Checks and descriptions of a ComfyUI MODEL."""
 
-import comfy.model_base
 import comfy.model_sampling
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -16,8 +15,6 @@ _SHAPE = ("image_model", "model_type", "in_channels", "in_dim", "hidden_size", "
           "depth", "depth_single_blocks", "num_blocks", "num_layers", "num_single_layers", "n_layers",
           "n_double_layers", "context_in_dim", "guidance_embed")
 _KINDS = {"ve": "a diffusion model", "flow": "a flow model"}
-# Models that take the mask of a latent as a part of their input.
-_MASK_IS_INPUT = (comfy.model_base.WAN22, comfy.model_base.LTXV)
 
 
 def family(model: ModelPatcher) -> Family:
@@ -71,20 +68,6 @@ def leave(model: ModelPatcher, sigma: torch.Tensor, y: torch.Tensor) -> torch.Te
 def enter(model: ModelPatcher, sigma: torch.Tensor, noise: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
     """The latent at level `sigma` that a SAMPLER begins with: undoes `leave` where the noise is 0."""
     return model.get_model_object("model_sampling").noise_scaling(sigma, noise.clone(), latent)
-
-
-def check_mask(model: ModelPatcher):
-    """Refuse a mask on a model that would take it as an input of its own.
-
-    Raises:
-        ValueError: what to do without it.
-    """
-    if isinstance(model.model, _MASK_IS_INPUT):
-        raise ValueError(
-            f"{type(model.model).__name__} takes the mask of a latent as an input (frames that are given), so a mask "
-            "would change its predictions and the path with them. Disconnect the mask; to keep a part of the picture, "
-            "composite the result over the source."
-        )
 
 
 def scaling(model: ModelPatcher):

@@ -37,7 +37,7 @@ FLUX = FlowEditSettings(model="Flux.1-dev", steps=28, run=24, source=1.5, target
 def flowedit(model: ModelPatcher) -> tuple[FlowEditSettings, bool]:
     """The settings for a MODEL, and whether they were published for its kind; where not, the nearest of the two."""
     distilled = bool(model.model.model_config.unet_config.get("guidance_embed"))
-    exact = isinstance(model.model, comfy.model_base.Flux) if distilled else isinstance(model.model, comfy.model_base.SD3)
+    exact = type(model.model) is (comfy.model_base.Flux if distilled else comfy.model_base.SD3)  # Flux.2 is a subclass
     return (FLUX if distilled else SD3), exact
 
 

@@ -10,8 +10,10 @@ from comfyui_ledits.nodes.edit_friendly_inversion import EditFriendlyInversion
 from comfyui_ledits.nodes.flowedit import FlowEdit, FlowEditSource
 from comfyui_ledits.nodes.proximal_guidance import ProximalGuidance
 from comfyui_ledits.nodes.rf_inversion import HoldToPicture, RFInversion
+from comfyui_ledits.samplers import published
 from comfyui_ledits.samplers.guider import LeditsGuider
-from comfyui_ledits.samplers.methods import rf_inversion
+from comfyui_ledits.samplers.ledits import LeditsSampler
+from comfyui_ledits.samplers.methods import proximal, rf_inversion
 from comfyui_ledits.samplers.methods.edit_friendly import draw_noise
 from support import chain_parts, runs, tiny_flow
 from support.runs import EMPTY, SOURCE, TARGET, edit, error, model, prompts
@@ -155,6 +157,20 @@ def test_several_draws_are_refused_by_attention_control():
     with pytest.raises(ValueError, match="several draws"):
         edit("sd1", path, on=scene.model, pair=(scene.positive, scene.negative), cfg=2.0, skip=1,
              attention=tuple(chain_parts.attention("p2p")))
+
+
+def test_free_steps_of_a_path_without_noise_maps_are_refused():
+    for more in ({}, {"replay": "input shift"}):
+        path = invert(DDIMInversion, "flux", **more)[0]
+        sampler = LeditsSampler(path, free_steps=2)
+        guider = LeditsGuider(model("flux"), *prompts("flux"), 1.0)
+        with pytest.raises(ValueError, match="free_steps leave out noise maps"):
+            runs.in_parts(guider, sampler, path.sigmas, {"samples": path.latent_format.process_out(path.latents[0])})
+
+
+def test_only_what_was_published_for_a_model_is_said_to_be():
+    """Flux.2 is a subclass of Flux in ComfyUI."""
+    assert [published.flowedit(model(kind))[1] for kind in ("flux", "sd3", "flux2", "qwen", "hunyuan")] == [True, True] + 3 * [False]
 
 
 def test_free_steps_beyond_the_path_are_refused():
@@ -404,12 +420,34 @@ def test_a_decaying_hold_weakens():
 
 # --- proximal guidance --------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("kind", ["flux", "qwen", "wan"])
-def test_proximal_guidance_holds_on_pictures_and_videos(kind):
-    latent = tiny_flow.latent(kind, 2)
-    inversion = invert(EditFriendlyInversion, kind, latent)[0]
+@pytest.mark.parametrize("hold", ["picture", "path"])
+@pytest.mark.parametrize("node, more", [(EditFriendlyInversion, {}), (DDIMInversion, {}), (DDIMInversion, {"replay": "input shift"})],
+                         ids=["noise maps", "path alone", "input shift"])
+@pytest.mark.parametrize("kind", ["sd1", "flux", "qwen", "wan"])
+def test_proximal_guidance_holds_on_pictures_and_videos_whatever_the_inversion(kind, node, more, hold):
+    """Noise maps lead from what the model predicted to the picture: D itself drawn to the picture would lead elsewhere."""
+    latent = runs.parts_of(kind).latent(kind, 2)
+    inversion = invert(node, kind, latent, cfg=1.0, **more)[0]
     free = edit(kind, inversion, cfg=4.0, prompt=TARGET)
-    held = ProximalGuidance.execute(model=model(kind), quantile=0.9, kind="soft", inversion=inversion, hold="path",
-                                    strength=1.0, start=0.0, radius=1)[0]
+    held = ProximalGuidance.execute(model=model(kind), quantile=0.999, kind="hard", inversion=inversion, hold=hold,
+                                    strength=1.0, start=0.0, radius=0)[0]
     out = edit(kind, inversion, cfg=4.0, prompt=TARGET, on=held)
-    assert 0 < error(kind, out, latent) < error(kind, free, latent)
+    picture = runs.in_model_space(kind, latent["samples"])
+    sizes = [float((runs.in_model_space(kind, x) - picture).square().mean()) for x in (out, free)]
+    assert 0 < sizes[0] < sizes[1] / 10
+
+
+@pytest.mark.parametrize("node, more", [(EditFriendlyInversion, {}), (DDIMInversion, {}), (DDIMInversion, {"replay": "input shift"})],
+                         ids=["noise maps", "path alone", "input shift"])
+def test_held_to_the_path_a_step_ends_on_it_wherever_it_started(node, more):
+    """The model sees the latent with the input shift, the step starts without."""
+    path = invert(node, "flux", cfg=1.0, **more)[0]
+    hold = proximal.Proximal(quantile=0.0, hold="path", inversion=path, strength=1.0, start=1.0, radius=0)
+    same = torch.randn(path.latents.shape[1:], generator=torch.Generator().manual_seed(0))
+    for i in range(STEPS):
+        y = path.latents[i] + 0.3 * same
+        seen = y if path.shifts is None else y + path.shifts[i]
+        d = hold({"conds_out": [same, same], "conds": [1, 1], "cond_scale": 4.0, "sigma": path.sigmas[i : i + 1],
+                  "input": seen})[0]
+        c = path.step(i)
+        torch.testing.assert_close(c.keep * y + c.take * d + path.residual(i), path.latents[i + 1], rtol=1e-4, atol=1e-4)

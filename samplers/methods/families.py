@@ -30,11 +30,13 @@ class Family(Protocol):
     Attributes:
         name: what an inversion is saved with.
         highest: the highest noise level that there is.
+        bounded: whether there is one, at which nothing of the picture is left.
         solver: of `ddim.SOLVERS`, what an ODE path is inverted with where nothing else is asked for.
     """
 
     name: str
     highest: float
+    bounded: bool
     solver: str
 
     def step(self, sigma: float, sigma_next: float, eta: float) -> Step:
@@ -76,7 +78,7 @@ class VarianceExploding:
     `eps = (y - D) / sigma`.
     """
 
-    name, highest, solver = "ve", math.inf, "Euler"
+    name, highest, bounded, solver = "ve", math.inf, False, "Euler"
 
     def step(self, sigma, sigma_next, eta=1.0):
         """DDIM with stochasticity `eta` (arXiv 2010.02502, eq. 12 and 16).
@@ -134,7 +136,7 @@ class Flow:
     is `VarianceExploding`; written in x, nothing is divided by 1 - s, so that s = 1 needs no case of its own.
     """
 
-    name, highest, solver = "flow", 1.0, "Uni-Inv"
+    name, highest, bounded, solver = "flow", 1.0, True, "Uni-Inv"
 
     def step(self, sigma, sigma_next, eta=1.0):
         """The step of `VarianceExploding` under y = x / (1 - s); at `eta` 0 the Euler step `x + (s' - s) * v`.

@@ -46,7 +46,7 @@ class Proximal:
     """A `sampler_pre_cfg_function` that thresholds guidance. At cfg 1 there is none, and nothing is done.
 
     With `hold`, from the noise level `start` on, what lies outside of the edit is drawn to the source: to the
-    "picture" (reconstruction guidance: D moves by `strength` towards it) or to the "path" (inversion guidance: the
+    "picture" (reconstruction guidance: D moves by `strength` towards `Inversion.goal`) or to the "path" (inversion guidance: the
     latent that a step of the path's own kind leads to moves by `strength` towards the stored one).
 
     Args:
@@ -86,13 +86,14 @@ class Proximal:
                 f"is sampled has {list(y.shape)}: connect the inversion that is edited."
             )
         if self.hold == "picture":
-            return path.latents[-1]
-        i = int((path.sigmas - sigma).abs().argmin())
-        if i >= path.steps or abs(float(path.sigmas[i]) - sigma) > 1e-3 * sigma:
+            return path.goal(sigma)
+        i = path.step_at(sigma)
+        if i is None:
             raise ValueError(
                 "Proximal Guidance holds to the inversion's path, but the sampler runs on other noise levels: use the "
                 "inversion's own SIGMAS, or hold to the picture."
             )
         step = path.step(i)
         following, rest = path.latents[i + 1].to(y), path.residual(i).to(y)
+        y = y if path.shifts is None else y - path.shifts[i].to(y)  # what the model sees is not what the step starts from
         return (following - step.keep * y - rest) / step.take

@@ -86,6 +86,11 @@ class Inversion:
         return int(self.settings.get("draws", 1))
 
     @property
+    def pictures(self) -> int:
+        """Number of pictures."""
+        return self.batch // self.draws
+
+    @property
     def kind(self) -> Family:
         """The numbers of the kind of model that the path was made with."""
         return FAMILIES[self.family]
@@ -108,6 +113,19 @@ class Inversion:
         step = self.step(i)
         return (self.latents[i + 1] - self.residuals[i] - step.keep * self.latents[i]) / step.take
 
+    def step_at(self, sigma: float) -> int | None:
+        """The step that starts at a noise level; None where none does."""
+        i = int((self.sigmas[:-1] - sigma).abs().argmin())
+        return i if abs(float(self.sigmas[i]) - sigma) <= 1e-3 * sigma else None
+
+    def goal(self, sigma: float) -> torch.Tensor:
+        """The D at a noise level that holds the picture, [B, C, H, W]: the picture.
+
+        Noise maps lead from what the model predicted along the path to the picture: where a step has one, that is D_i.
+        """
+        i = None if self.residuals is None else self.step_at(sigma)
+        return self.latents[-1] if i is None else self.denoised(i)
+
     def with_eta(self, eta: float) -> "Inversion":
         """The same path for another stochasticity at every step, made anew from the predictions that it implies.
 
@@ -121,8 +139,8 @@ class Inversion:
             raise ValueError(f"eta is {eta:g}: choose a number from 0 to 1.")
         if self.residuals is None:
             raise ValueError(
-                f"'{self.method}' has no noise maps, so its eta cannot be changed. Leave eta as made (-1), or invert "
-                "with Edit-Friendly DDPM Inversion."
+                f"'{self.method}' has no noise maps, which an edit at an eta of its own needs (FlowEdit's is 0): invert with "
+                "Edit-Friendly DDPM Inversion or FlowEdit Source, or leave eta as inverted."
             )
         out = replace(self, etas=torch.full_like(self.etas, float(eta)))
         if torch.equal(out.etas, self.etas):

@@ -41,9 +41,8 @@ def invert(x0: torch.Tensor, sigmas: torch.Tensor, denoise: Callable, noise: tor
 class HoldPicture:
     """A `sampler_post_cfg_function` that draws predictions to the picture in a window of steps (eq. 15).
 
-    The paper's controlled velocity `v + eta * (v_picture - v)` is an ordinary step with `D + eta * (picture - D)`. On a
-    path with noise maps, which lead from what the model predicted along it to the picture, that prediction stands for
-    the picture.
+    The paper's controlled velocity `v + eta * (v_picture - v)` is an ordinary step with `D + eta * (picture - D)`; what
+    stands for the picture on a path with noise maps, see `Inversion.goal`.
 
     Args:
         inversion: whose picture.
@@ -59,17 +58,13 @@ class HoldPicture:
 
     def __call__(self, args):
         d, path = args["denoised"], self.inversion
-        picture = path.latents[-1]
-        if picture.shape[1:] != d.shape[1:] or path.batch not in (1, len(d)):
+        if path.latents.shape[2:] != d.shape[1:] or path.batch not in (1, len(d)):
             raise ValueError(
-                f"Hold to Picture has an inversion of shape {list(picture.shape)}, but the latent that is sampled has "
+                f"Hold to Picture has an inversion of shape {list(path.latents.shape[1:])}, but the latent that is sampled has "
                 f"{list(d.shape)}: connect the inversion that is edited."
             )
         sigma = float(args["sigma"].flatten()[0])
-        i = int((path.sigmas > sigma * (1 + 1e-4)).sum())
-        share = i / path.steps
+        share = int((path.sigmas > sigma * (1 + 1e-3)).sum()) / path.steps
         if not self.start <= share < self.stop:
             return d
-        if path.residuals is not None and i < path.steps and abs(float(path.sigmas[i]) - sigma) <= 1e-4 * sigma:
-            picture = path.denoised(i)
-        return d + self.strength * (1 - share) ** self.decay * (picture.to(d) - d)
+        return d + self.strength * (1 - share) ** self.decay * (path.goal(sigma).to(d) - d)
