@@ -21,7 +21,7 @@ from comfyui_ledits.samplers.methods.sega import Concept
 from support import runs, tiny, tiny_flow
 from support.runs import EMPTY, SOURCE, TARGET, edit, error, model, prompts
 
-pytestmark = pytest.mark.usefixtures("inference_mode")
+pytestmark = pytest.mark.usefixtures("inference_mode", "unsettled")
 KINDS = list(tiny_flow.KINDS)
 invert = functools.partial(runs.invert, EditFriendlyInversion, scheduler="simple", steps=8)
 EXACT = 1e-5  # of the picture's standard deviation, in float32

@@ -18,7 +18,7 @@ from comfyui_ledits.samplers.methods.edit_friendly import draw_noise
 from support import chain_parts, runs, tiny_flow
 from support.runs import EMPTY, SOURCE, TARGET, edit, error, model, prompts
 
-pytestmark = pytest.mark.usefixtures("inference_mode")
+pytestmark = pytest.mark.usefixtures("inference_mode", "unsettled")
 STEPS, SKIP = 8, 2
 invert = functools.partial(runs.invert, scheduler="simple", steps=STEPS)
 EXACT = 1e-5
