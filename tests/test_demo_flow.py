@@ -3,18 +3,16 @@
 Settings of the edits were chosen on other pictures (seeds from 970,000 on). Run with -s to read the numbers.
 LEDITS_DEMO_PICTURES names a smaller number of pictures.
 """
-from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
-from comfyui_ledits.demo import captions, flow_net, loader, nets, pictures, scenes
+from comfyui_ledits.demo import captions, flow_net, loader, nets
 from comfyui_ledits.nodes.edit_friendly_inversion import EditFriendlyInversion
 from comfyui_ledits.nodes.flowedit import FlowEdit, FlowEditSource
 from comfyui_ledits.nodes.sampling import LeditsKSampler
 from comfyui_ledits.nodes.semantic_concept import SemanticConcept
-from comfyui_ledits.tools import measure
-from support.demo_nodes import DemoNodes, draw, held_out
+from comfyui_ledits.tools.benchmarks import flow_curves
+from support.demo_nodes import FIRST_SEED, MOST, DemoNodes, draw
 
 COUNT, AT_ONCE, STEPS = 60, 20, 28
 
@@ -28,10 +26,6 @@ def inference():
 class FlowNodes(DemoNodes):
     def __init__(self):
         self.model, self.clip, self.vae = loader.load_flow()
-
-    def prompts(self, texts):
-        made = [self.clip.encode_from_tokens_scheduled(self.clip.tokenize(text))[0] for text in texts]
-        return [[torch.cat([w for w, _ in made]), {"pooled_output": torch.cat([m["pooled_output"] for _, m in made])}]]
 
 
 @pytest.fixture(scope="module")
@@ -92,17 +86,8 @@ CONCEPT = {"direction": "towards", "scale": 2.0, "threshold": 0.9, "warmup": 0, 
 CONCEPT_SKIP = 10
 
 
-def tasks(what, **where):
-    """(source scene, target scene) of pictures of one thing."""
-    made = []
-    for scene in held_out(COUNT, **where):
-        rng = np.random.default_rng(scene.seed)
-        if what == "colour":
-            made.append((scene, pictures.recoloured(scene, pictures.other_colour(scene, rng))))
-        else:
-            kind = str(rng.choice([k for k in scenes.KINDS if k != scene.things[0].kind]))
-            made.append((scene, replace(scene, things=(replace(scene.things[0], kind=kind),))))
-    return made
+def tasks(what):
+    return flow_curves.tasks(what, min(COUNT, MOST), FIRST_SEED)
 
 
 def groups(pairs):
@@ -143,16 +128,7 @@ def edited(nodes, pairs, method, skip):
 
 def verdict(what, pairs, found):
     """Share of edits made, and mean PSNR outside of the thing before and after."""
-    made, kept = [], []
-    for (source, target), picture in zip(pairs, found):
-        (before, old), (_, new) = draw(source), draw(target)
-        if what == "colour":
-            made.append(measure.has_colour(picture, new, target.things[0].colour))
-        else:
-            seen = measure.read(picture).things
-            made.append(len(seen) == 1 and seen[0].kind == target.things[0].kind)
-        kept.append(measure.psnr(before, picture, measure.outside(np.stack([old, new]))))
-    share, psnr = float(np.mean(made)), float(np.mean(kept))
+    share, psnr = flow_curves.judged(what, pairs, found)
     print(f"\n{what}: made in {100 * share:.1f} %, {psnr:.2f} dB outside the thing")
     return share, psnr
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from comfyui_ledits.demo import loader, nets, pictures, scenes
+from comfyui_ledits.tools.training import evaluate
 
 FIRST_SEED = 900_000  # of held-out scenes; training's seeds begin at 10,000,000
 # Fewer pictures than a test asks for, for a quick look.
@@ -27,8 +28,7 @@ class DemoNodes:
         self.model, self.clip, self.vae = loader.load(Path(os.environ.get("LEDITS_DEMO_WEIGHTS") or nets.WEIGHTS))
 
     def prompts(self, texts):
-        made = [self.clip.encode_from_tokens_scheduled(self.clip.tokenize(text))[0][0] for text in texts]
-        return [[torch.cat(made), {}]]
+        return evaluate.prompts(self.clip, texts)
 
     def encode(self, drawn):
         """LATENT of pictures float32 [H, W, 3]."""

@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ...demo import captions, flow_net, pictures, scenes
 from .. import inside_comfyui, measure
+from ..training import evaluate
 
 STEPS, SOURCE_CFG, CFG, AT_ONCE, FIRST = 28, 1.0, 3.0, 20, 940_000
 SKIPS, HOLDS = (4, 8, 12, 16), (2, 5, 9, 14)
@@ -43,10 +44,10 @@ def parse(arguments):
     return parser.parse_args(arguments)
 
 
-def tasks(what, count):
-    """(source scene, target scene) of held-out pictures of one thing."""
+def tasks(what, count, first=FIRST):
+    """(source scene, target scene) of held-out pictures of one thing, whose "colour" or "kind" is to change."""
     made = []
-    for scene in pictures.held_out(FIRST, count, things=1):
+    for scene in pictures.held_out(first, count, things=1):
         rng = np.random.default_rng(scene.seed)
         if what == "colour":
             made.append((scene, pictures.recoloured(scene, pictures.other_colour(scene, rng))))
@@ -65,9 +66,7 @@ class Flow:
         self._paths, self.rows = {}, 0
 
     def prompts(self, texts):
-        import torch
-        made = [self.clip.encode_from_tokens_scheduled(self.clip.tokenize(text))[0] for text in texts]
-        return [[torch.cat([words for words, _ in made]), {"pooled_output": torch.cat([m["pooled_output"] for _, m in made])}]]
+        return evaluate.prompts(self.clip, texts)
 
     def path(self, kind, group, number):
         """The inversion of a group of scenes by a kind of path."""

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from ...demo import captions, flow_net, nets, scenes
 from .train_autoencoder import encode_pool
-from .train_unet import Shared, chances, thing_weights
+from .train_unet import Shared, chances, mean_follows, thing_weights
 from .training import DEVICE, Log, amp, cosine, grid, load_state, save_state, training_scene
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -105,15 +105,10 @@ def train(args, rank=0):
         with amp():
             out = velocity(noisy, s[mine].to(DEVICE), words, pooled)
         loss = (weights[picks][mine].to(DEVICE) * (out.float() - target) ** 2).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        shared.average([p.grad for p in params if p.grad is not None])
-        torch.nn.utils.clip_grad_norm_(params, 1.0)
-        optimizer.step()
+        shared.step(loss, params, optimizer)
         if rank:
             continue
-        with torch.no_grad():
-            torch._foreach_lerp_(averages, params, 1 - min(0.995, (step + 1) / (step + 10)))
+        mean_follows(averages, params, step)
         losses.append(loss.item())
         if step % 50 == 0:
             log(step, loss=float(np.mean(losses[-200:])), pictures=(step + 1) * args.batch)

@@ -56,6 +56,21 @@ class Shared:
             torch._foreach_copy_(tensors, [m.view_as(t) for m, t in zip(means, tensors)])
 
 
+    def step(self, loss, params, optimizer):
+        """One step of the optimizer on the whole batch, of which every process has had its rows."""
+        optimizer.zero_grad()
+        loss.backward()
+        self.average([p.grad for p in params if p.grad is not None])
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+
+
+@torch.no_grad()
+def mean_follows(averages, params, step):
+    """The exponential mean of the weights, which forgets faster in the beginning."""
+    torch._foreach_lerp_(averages, params, 1 - min(0.995, (step + 1) / (step + 10)))
+
+
 def follow(args, rank):
     """What the processes beside the first do in `train`."""
     sys.path.insert(0, str(args.comfyui))
@@ -150,15 +165,10 @@ def train(args, vae, latents, factors, rank=0):
             context = nets_now["text"](rows[mine]).last_hidden_state
             out = unet(noisy, t[mine].to(DEVICE), context).sample
         loss = (weights[picks][mine].to(DEVICE) * (out.float() - target) ** 2).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        shared.average([p.grad for p in params if p.grad is not None])
-        torch.nn.utils.clip_grad_norm_(params, 1.0)
-        optimizer.step()
+        shared.step(loss, params, optimizer)
         if rank:
             continue
-        with torch.no_grad():
-            torch._foreach_lerp_(averages, params, 1 - min(0.995, (step + 1) / (step + 10)))
+        mean_follows(averages, params, step)
         losses.append(loss.item())
         if step % 50 == 0:
             log(step, loss=float(np.mean(losses[-200:])), pictures=(step + 1) * args.batch)
