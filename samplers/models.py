@@ -14,7 +14,6 @@ _FROM_A_PICTURE = (comfy.model_sampling.IMG_TO_IMG, comfy.model_sampling.IMG_TO_
 _SHAPE = ("image_model", "model_type", "in_channels", "in_dim", "hidden_size", "dim", "num_attention_heads", "n_heads",
           "depth", "depth_single_blocks", "num_blocks", "num_layers", "num_single_layers", "n_layers",
           "n_double_layers", "context_in_dim", "guidance_embed")
-_KINDS = {"ve": "a diffusion model", "flow": "a flow model"}
 
 
 def family(model: ModelPatcher) -> Family:
@@ -109,10 +108,10 @@ def check(model: ModelPatcher, inversion: Inversion):
     Raises:
         ValueError: names both models.
     """
-    kind, here = family(model).name, describe(model)
-    if kind != inversion.family and here == inversion.model:
+    kind, here = family(model), describe(model)
+    if kind is not inversion.kind and here == inversion.model:
         raise ValueError(
-            f"{type(model.model).__name__} samples as {_KINDS[kind]} here and did as {_KINDS[inversion.family]} when the "
+            f"{type(model.model).__name__} samples as {kind.what} here and did as {inversion.kind.what} when the "
             "inversion was made (a ModelSampling node makes the difference). Connect the model as it was, or invert again."
         )
     if here != inversion.model:

@@ -29,12 +29,14 @@ class Family(Protocol):
 
     Attributes:
         name: what an inversion is saved with.
+        what: the kind of model, in words.
         highest: the highest noise level that there is.
         bounded: whether there is one, at which nothing of the picture is left.
         solver: of `ddim.SOLVERS`, what an ODE path is inverted with where nothing else is asked for.
     """
 
     name: str
+    what: str
     highest: float
     bounded: bool
     solver: str
@@ -78,7 +80,7 @@ class VarianceExploding:
     `eps = (y - D) / sigma`.
     """
 
-    name, highest, bounded, solver = "ve", math.inf, False, "Euler"
+    name, what, highest, bounded, solver = "ve", "a diffusion model", math.inf, False, "Euler"
 
     def step(self, sigma, sigma_next, eta=1.0):
         """DDIM with stochasticity `eta` (arXiv 2010.02502, eq. 12 and 16).
@@ -136,7 +138,7 @@ class Flow:
     is `VarianceExploding`; written in x, nothing is divided by 1 - s, so that s = 1 needs no case of its own.
     """
 
-    name, highest, bounded, solver = "flow", 1.0, True, "Uni-Inv"
+    name, what, highest, bounded, solver = "flow", "a flow model", 1.0, True, "Uni-Inv"
 
     def step(self, sigma, sigma_next, eta=1.0):
         """The step of `VarianceExploding` under y = x / (1 - s); at `eta` 0 the Euler step `x + (s' - s) * v`.
