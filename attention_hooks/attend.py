@@ -1,7 +1,7 @@
 """The arithmetic of edited attention, on projected q, k, v of [rows, tokens, width].
 
-Rows come in chunks of B pictures. `attention(q, k, v, chunks)` is the model's own attention (or another pack's patch around
-it) for rows of the given chunks; `fetch(branch, name)` gives the source's captured rows [B, tokens, width].
+Rows come in chunks of B pictures. `attention(q, k, v, rows)` is the model's own attention (or another pack's patch around
+it) for the rows of the call with these numbers; `fetch(branch, name)` gives the source's captured rows [B, tokens, width].
 """
 
 import functools
@@ -10,47 +10,83 @@ import torch
 from einops import rearrange, repeat
 
 
-def self_attention(q, k, v, edits, grid, fetch, attention):
-    """Self-attention with `SelfEdit`s. q, k and v are overwritten.
+def rows_of(chunks, batch):
+    """Numbers of the rows of some chunks."""
+    return [c * batch + b for c in chunks for b in range(batch)]
+
+
+def copy_rows(q, k, v, edits, grid, fetch):
+    """Put the source's rows into q, k and v, which are overwritten.
 
     Args:
         edits: list of `SelfEdit`s for every chunk, applied in order.
         grid: height and width of the token grid.
+
+    Returns:
+        {chunk: (edit, masks)} of the chunks whose keys cannot be replaced in place: `look_up` serves them.
     """
     batch, special = len(q) // len(edits), {}
     for c, edits_of_chunk in enumerate(edits):
         rows = slice(c * batch, (c + 1) * batch)
         for edit in edits_of_chunk:
             masks = edit.masks(grid) if edit.masks else None
-            if edit.q:
-                q[rows] = fetch(edit.q, "q").to(q)
-            if edit.own_keys or masks is not None:
-                special[c] = edit, masks
-                continue
-            special.pop(c, None)
-            for name, tensor, branch in (("k", k, edit.k), ("v", v, edit.v)):
+            where = None if edit.where is None else _over_frames(edit.where(grid), q)
+            apart = edit.own_keys or masks is not None
+            if apart:
+                special[c] = edit, masks and [_over_frames(mask, q) for mask in masks]
+            elif edit.k or edit.v:
+                special.pop(c, None)
+            for name, tensor, branch in (("q", q, edit.q), *(() if apart else (("k", k, edit.k), ("v", v, edit.v)))):
                 if branch:
-                    tensor[rows] = fetch(branch, name).to(tensor)
-    everything = list(range(len(edits)))
+                    source = fetch(branch, name).to(tensor)
+                    tensor[rows] = source if where is None else torch.where(_beside(where, tensor), source, tensor[rows])
+    return special
+
+
+def self_attention(q, k, v, edits, grid, fetch, attention):
+    """Self-attention with `SelfEdit`s. q, k and v are overwritten. Arguments as in `copy_rows`."""
+    special = copy_rows(q, k, v, edits, grid, fetch)
+    everything, batch = range(len(edits)), len(q) // len(edits)
     if not special:
-        return attention(q, k, v, everything)
+        return attention(q, k, v, rows_of(everything, batch))
     out = torch.empty_like(q)
-    plain = [c for c in everything if c not in special]
+    plain = rows_of([c for c in everything if c not in special], batch)
     if plain:
-        rows = torch.cat([torch.arange(c * batch, (c + 1) * batch) for c in plain]).to(q.device)
-        out[rows] = attention(q[rows], k[rows], v[rows], plain)
+        out[plain] = attention(q[plain], k[plain], v[plain], plain)
     for c, (edit, masks) in special.items():
-        rows = slice(c * batch, (c + 1) * batch)
-        keys, values = fetch(edit.k, "k").to(k), fetch(edit.v, "v").to(v)
-        if masks is None:
-            out[rows] = attention(q[rows], torch.cat([keys, k[rows]], 1), torch.cat([values, v[rows]], 1), [c])
-            continue
-        for b in range(batch):  # pictures look up different numbers of keys
-            row = slice(c * batch + b, c * batch + b + 1)
-            source, target = ((keys[b : b + 1], values[b : b + 1]), (k[row], v[row]) if edit.own_keys else None)
-            attend_chunk = functools.partial(attention, chunks=[c])
-            out[row] = _inside_and_outside(q[row], source, target, [m[b] for m in masks], attend_chunk)
+        rows = rows_of([c], batch)
+        out[rows] = look_up(q[rows], k[rows], v[rows], edit, masks, fetch, attention, rows)
     return out
+
+
+def look_up(q, k, v, edit, masks, fetch, attention, rows):
+    """Attention of one chunk to the source's keys beside its own, or within masks.
+
+    Args:
+        q, k, v: of the chunk.
+        edit, masks: as `copy_rows` gave them.
+        rows: the chunk's.
+    """
+    keys, values = fetch(edit.k, "k").to(k), fetch(edit.v, "v").to(v)
+    if masks is None:
+        return attention(q, torch.cat([keys, k], 1), torch.cat([values, v], 1), rows)
+    out = torch.empty_like(q)
+    for b, row in enumerate(rows):  # pictures look up different numbers of keys
+        one = slice(b, b + 1)
+        source, target = (keys[one], values[one]), (k[one], v[one]) if edit.own_keys else None
+        of_row = functools.partial(attention, rows=[row])
+        out[one] = _inside_and_outside(q[one], source, target, [m[b] for m in masks], of_row)
+    return out
+
+
+def _over_frames(mask, like):
+    """A mask [B, h * w] for the tokens of all frames."""
+    return repeat(mask, "b n -> b (t n)", t=like.shape[1] // mask.shape[1])
+
+
+def _beside(mask, like):
+    """A mask [..., tokens] with the axes that follow tokens in `like`."""
+    return mask.reshape(*mask.shape, *(1,) * (like.ndim - 2)).to(like.device)
 
 
 def _inside_and_outside(q, source, target, masks, attention):
@@ -74,7 +110,7 @@ def _inside_and_outside(q, source, target, masks, attention):
             parts.append([tensor[:, mine] for tensor in target])
         keys, values = (torch.cat(tensors, 1) for tensors in zip(*parts))
         sides.append(attention(q, keys, values))
-    share = target_mask.to(q)[:, None]
+    share = _beside(target_mask.to(q), q[0][None])
     return sides[0] * share + sides[1] * (1 - share)
 
 
@@ -82,17 +118,17 @@ def cross_attention(q, k, v, edited, edit, fetch, attention, patched=None):
     """Cross-attention of which some chunks follow a `CrossEdit`. q, k and v are overwritten.
 
     Args:
-        edited: pairs (chunk number, its rows as a slice) to edit.
+        edited: the edited rows of every chunk, lists.
         patched: another pack's patch on this layer. What it adds to plain attention is kept.
     """
-    everything = list(range(len(q) // (edited[0][1].stop - edited[0][1].start)))
+    everything = list(range(len(q)))
     tokens = edit.matrix.shape[1] if edit.own is None else len(edit.own)
 
     def from_source(rows):
         return fetch("q").to(q), fetch("k").to(k), edit.matrix.to(v) @ v[rows, :tokens]
 
     if patched is None and edit.own is None and k.shape[1] == tokens == len(edit.matrix):
-        for _, rows in edited:
+        for rows in edited:
             q[rows], k[rows], v[rows] = from_source(rows)
         return attention(q, k, v, everything)
 
@@ -104,12 +140,12 @@ def cross_attention(q, k, v, edited, edit, fetch, attention, patched=None):
 
     if patched is not None:
         out = patched(q, k, v, everything)
-        for c, rows in edited:
-            mixed = attention(q[rows], k[rows], v[rows] * (factors[:, None] - 1), [c])
-            out[rows] += mixed if edit.matrix is None else mixed + attention(*from_source(rows), [c])
+        for rows in edited:
+            mixed = attention(q[rows], k[rows], v[rows] * (factors[:, None] - 1), rows)
+            out[rows] += mixed if edit.matrix is None else mixed + attention(*from_source(rows), rows)
         return out
-    added = [(rows, attention(*from_source(rows), [c])) for c, rows in edited] if edit.matrix is not None else []
-    for _, rows in edited:
+    added = [(rows, attention(*from_source(rows), rows)) for rows in edited] if edit.matrix is not None else []
+    for rows in edited:
         v[rows] *= factors[:, None]
     out = attention(q, k, v, everything)
     for rows, more in added:

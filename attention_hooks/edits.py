@@ -24,9 +24,9 @@ class Slot(NamedTuple):
     """One captured tensor: [B, tokens, width], or [B, C, H, W] for a feature."""
 
     branch: str  # SOURCE or NEGATIVE
-    site: str  # "attn1", "attn2" or "feature"
+    site: str  # "attn1", "attn2", "joint" or "feature"
     key: tuple  # Layer.key
-    name: str  # "q", "k", "v" or "h"
+    name: str  # "q", "k", "v" (of "joint": the picture's), "t" (of "joint": k of all other tokens), or "h"
 
 
 class SourcePath(Protocol):
@@ -60,6 +60,7 @@ class SelfEdit:
         own_keys: k and v are added to the target's own instead of replacing them.
         masks: None, or `grid (h, w) -> (source, target)` boolean or 0..1 [B, h * w] each, or None for no masks: queries
             inside the target mask see only keys inside the source mask, those outside only keys outside.
+        where: None, or `grid (h, w) -> [B, h * w]` boolean: the places whose rows are taken. Of video every frame's.
     """
 
     q: str | None = None
@@ -67,21 +68,35 @@ class SelfEdit:
     v: str | None = None
     own_keys: bool = False
     masks: Callable | None = None
+    where: Callable | None = None
 
 
 @dataclass(frozen=True)
 class CrossEdit:
-    """Cross-attention of the target's cond rows as a linear mix of source and target maps.
+    """Attention to the words of the target's cond rows as a linear mix of source and target maps.
 
-    `P_new = P_s @ matrix + P_t * own`, so `out = attention(Q_s, K_s, matrix @ V_t) + attention(Q_t, K_t, own * V_t)`.
+    `P_new = (P_s @ matrix + P_t * own) * factors`. In joint attention P_s and P_t are the shares among the words, P_new
+    is scaled to the target's own share of words before the factors, and the whole row to 1 after them.
 
     Attributes:
         matrix: float32 [source tokens, target tokens], or None where no source attention is used.
         own: float32 [target tokens], or None where nothing of the target's own attention stays.
+        factors: float32 [target tokens], or None for ones.
     """
 
     matrix: torch.Tensor | None
     own: torch.Tensor | None
+    factors: torch.Tensor | None = None
+
+    def of(self, change: Callable) -> "CrossEdit":
+        """With every tensor changed."""
+        return CrossEdit(*(None if part is None else change(part) for part in (self.matrix, self.own, self.factors)))
+
+    def folded(self) -> "CrossEdit":
+        """With the factors in the two others."""
+        if self.factors is None:
+            return self
+        return CrossEdit(*(None if part is None else part * self.factors for part in (self.matrix, self.own)))
 
 
 @dataclass(frozen=True)
@@ -107,6 +122,7 @@ class Setting:
         steps: number of executed steps T.
         batch: pictures.
         device: where the model computes.
+        frames: of tokens, for video.
     """
 
     layout: Layout
@@ -114,14 +130,27 @@ class Setting:
     steps: int
     batch: int
     device: torch.device
+    frames: int = 1
 
     def layers(self, text: str) -> frozenset:
         """Keys of the transformer blocks that a selection names."""
         return select(text, self.layout.layers, self.layout, self.size)
 
     def resblocks(self, text: str) -> frozenset:
-        """Keys of the residual blocks that a selection names."""
-        return select(text, self.layout.resblocks, self.layout, self.size)
+        """Keys of the residual blocks that a selection names; none where the network has none."""
+        return select(text, self.layout.resblocks, self.layout, self.size) if self.layout.resblocks else frozenset()
+
+    def check_one_frame(self):
+        """Refuse video where a mask is made from the attention of words.
+
+        Raises:
+            ValueError: what to do.
+        """
+        if self.frames > 1:
+            raise ValueError(
+                f"Masks and maps from the attention of words are made for pictures, and this latent has {self.frames} "
+                "frames. Leave the words for masks empty (local blend, MasaCtrl, Record Attention), or edit one frame."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

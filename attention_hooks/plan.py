@@ -72,15 +72,18 @@ class Plan:
                     self_edits[layer.key, branch] = edits
                 for edit in edits:
                     read = (("q", edit.q), ("k", edit.k), ("v", edit.v))
-                    reads |= {Slot(source, "attn1", layer.key, name) for name, source in read if source}
+                    reads |= {Slot(source, layer.site, layer.key, name) for name, source in read if source}
             cross = next((e for b in self.bound if (e := b.cross_edit(step, layer)) is not None), None)
             maps = [(b, columns) for b in self.bound if (columns := b.word_maps(step, layer)) is not None]
             if cross is not None:
                 cross_edits[layer.key] = cross
             if maps:
                 word_maps[layer.key] = maps
-            if maps or (cross is not None and cross.matrix is not None):
-                reads |= {Slot(SOURCE, "attn2", layer.key, name) for name in "qk"}
+            if layer.joint:
+                names = "qkt" if maps else "qt" if cross is not None and cross.matrix is not None else ""
+            else:
+                names = "qk" if maps or (cross is not None and cross.matrix is not None) else ""
+            reads |= {Slot(SOURCE, layer.words_site, layer.key, name) for name in names}
         for block in self.setting.layout.resblocks:
             for branch in self.branches:
                 sources = [s for b in self.bound if (s := b.feature_edit(step, block, branch))]

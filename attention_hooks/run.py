@@ -6,7 +6,7 @@ import math
 import torch
 from comfy.samplers import CFGGuider
 
-from .backbones.unet import UNet
+from . import backbones
 from .edits import COND, UNCOND, Control, Setting, SourcePath
 from .observed import Observed
 from .plan import Plan
@@ -34,9 +34,10 @@ def open_source(*, controls: tuple[Control, ...], guider: CFGGuider, path: Sourc
     """
     check_caches(options)
     model = guider.inner_model
-    backbone = UNet(model.diffusion_model, type(model).__name__)
-    setting = Setting(layout=backbone.layout, size=tuple(path.latents.shape[-2:]), steps=steps, batch=path.batch,
-                      device=guider.model_patcher.load_device)
+    backbone = backbones.of(model)
+    space = path.latents.shape[3:]
+    setting = Setting(layout=backbone.layout, size=tuple(space[-2:]), steps=steps, batch=path.batch,
+                      device=guider.model_patcher.load_device, frames=backbone.frames(space[0] if len(space) == 3 else 1))
     plan = Plan(controls, setting, branches)
     return SourcePass(plan=plan, backbone=backbone, guider=guider, path=path, start=start, options=options, **how)
 
@@ -101,6 +102,7 @@ class AttentionRun:
     def after_step(self, i: int, y: torch.Tensor) -> torch.Tensor:
         """The target latent at the level after path step i, with what the controls make of it. Drops the step."""
         source = self.path.latents[i + 1].to(y)
+        self.target.end()
         for bound in self.plan.bound:
             y = bound.after_step(i - self.start, y, source)
         if self.kept is None:

@@ -10,7 +10,8 @@ import torch
 from comfy.samplers import CFGGuider
 from einops import rearrange
 
-from .backbones.unet import AttentionCall, NetworkCall, UNet
+from .backbones import Backbone
+from .backbones.calls import AttentionCall, JointCall, NetworkCall
 from .blocks import Layer
 from .conditioning import equal_but, everywhere, plain, repeats_by_picture, same_words
 from .edits import NEGATIVE, SOURCE, VALUE_PRESCRIBED, Slot, SourcePath
@@ -20,6 +21,7 @@ from .store import AttentionStore, Origin, fingerprint
 # Dropped from the source conditioning, so that it applies to the whole picture at every step.
 _LIMITS = ("control", "hooks", "gligen", "area", "mask", "strength", "default", "timestep_start", "timestep_end",
            "start_percent", "end_percent", "clip_start_percent", "clip_end_percent", "control_apply_to_uncond")
+_OF_BOTH = ("guidance", "reference_latents", "reference_latents_method")
 # A call of the source may take as much memory as the target's own call, or this much where that is little (a small
 # model's call costs more in overhead than in memory), at most a third of what is free, and not more than 16 steps.
 _FREE_BYTES, _MOST_STEPS = 256 * 2**20, 16
@@ -82,7 +84,7 @@ class SourcePass:
         ValueError: source prompts that do not fit.
     """
 
-    def __init__(self, *, plan: Plan, backbone: UNet, guider: CFGGuider, path: SourcePath, start: int, options: dict,
+    def __init__(self, *, plan: Plan, backbone: Backbone, guider: CFGGuider, path: SourcePath, start: int, options: dict,
                  latent_image=None, denoise_mask=None, store: AttentionStore | None = None, batch_levels=True,
                  steps_at_once=0):
         self.plan, self.backbone, self.guider, self.path, self.start = plan, backbone, guider, path, start
@@ -97,7 +99,7 @@ class SourcePass:
         source = source_conditioning(self.plan.controls)
         if source is None:
             return {}
-        conds = {"positive": comfy.sampler_helpers.convert_cond(source)}
+        conds = {"positive": comfy.sampler_helpers.convert_cond(self._as_the_positive(source))}
         noise = torch.zeros(self.path.latents.shape[1:], device=self.setting.device)
         conds = comfy.samplers.process_conds(self.model, noise, conds, self.setting.device, latent_image, denoise_mask)
         entry = plain(conds["positive"][0])
@@ -105,6 +107,14 @@ class SourcePass:
         if marked:  # what the inversion prescribes for the positive's values is meant for the source as well
             entry["uuid"] = marked[0]["uuid"]
         return {SOURCE: entry}
+
+    def _as_the_positive(self, source):
+        """The source CONDITIONING with the positive's guidance and reference pictures, where it has none of its own: in
+        one call of both, as the papers have it, they would be the same.
+        """
+        positive = [c for c in self.guider.conds.get("positive") or [] if everywhere(c, self.setting.size)]
+        given = {name: positive[0][name] for name in _OF_BOTH if positive and name in positive[0]}
+        return [[words, {**given, **more}] for words, more in source]
 
     def entry(self, branch: str) -> dict:
         """The encoded conditioning that is evaluated for a branch."""
@@ -149,10 +159,18 @@ class SourcePass:
             )
         return tensor
 
+    def shape_of(self, step: int, slot: Slot) -> tuple:
+        """Shape of a captured tensor."""
+        return self.store.shape(self.start + step, self.slot(slot))
+
     def origin(self, steps) -> Origin:
         """The source of a store that serves the given executed steps."""
         branches = {slot.branch for step in steps for slot in self.plan.at(step).reads}
         return Origin(fingerprint(self.path), self.path.model, {b: self.words(b) for b in sorted(branches)})
+
+    def before(self, branch: str) -> int | None:
+        """Tokens before the picture of a branch, where the picture's positions depend on them."""
+        return self.backbone.before(self.words(branch).shape[1])
 
     def words(self, branch: str) -> torch.Tensor:
         """The token embeddings of a branch, [1 or B, tokens, width]."""
@@ -166,8 +184,9 @@ class SourcePass:
         grid = layer.grid(self.setting.size)
         if feature:
             return self.setting.batch, layer.width, *grid
-        words = slot.site == "attn2" and slot.name == "k"
-        return self.setting.batch, self.words(slot.branch).shape[1] if words else math.prod(grid), layer.width
+        words = slot.site == "attn2" and slot.name == "k" or slot.name == "t"
+        places = math.prod(grid) * self.setting.frames
+        return self.setting.batch, self.words(slot.branch).shape[1] if words else places, layer.width
 
     def nbytes(self, slots, itemsize: int) -> int:
         """Memory that the slots of one step take."""
@@ -211,7 +230,7 @@ class SourcePass:
         branches = {s.branch for s in ahead[0][1]}
         if not branches:
             return ahead
-        most = self._steps_in_one_call(len(branches))
+        most = min(self._steps_in_one_call(len(branches)), self._steps_that_fit(ahead[0][1]))
         if not repeats_by_picture([self.entry(branch) for branch in branches], self.setting.batch):
             most = 1
         if "value" in self.path.overrides or (NEGATIVE in branches and "negative" in self.path.overrides):
@@ -234,6 +253,11 @@ class SourcePass:
         free = comfy.model_management.get_free_memory(self.setting.device)
         return int(min(max(min(max(target, _FREE_BYTES), free / 3) // one, 1), _MOST_STEPS))
 
+    def _steps_that_fit(self, slots):
+        """Steps whose tensors are held at once: what they take is memory that the edit's own call lacks."""
+        one = self.nbytes(slots, self.model.get_dtype_inference().itemsize)
+        return max(_FREE_BYTES // max(one, 1), 1)
+
     def fill(self, wanted: list[tuple[int, set[Slot]]]):
         """Evaluate the source at some steps and capture.
 
@@ -251,6 +275,7 @@ class SourcePass:
             self.options,
             self_attention=(capture.at(layout.layers, "attn1"), capture.self_attention),
             cross_attention=(capture.at(layout.layers, "attn2"), capture.cross_attention),
+            joint_attention=(capture.at(layout.layers, "joint"), capture.joint_attention),
             features=(capture.at(layout.resblocks, "feature"), capture.feature),
         )
         steps = [self.start + step for step, _ in wanted]
@@ -264,7 +289,7 @@ class SourcePass:
         if missing:
             raise ValueError(
                 f"The source's attention could not be captured ({'.'.join(map(str, missing[0].key))} {missing[0].site}): a "
-                "patch on the model skips or replaces parts of the U-Net. Bypass it while attention control is connected."
+                "patch on the model skips or replaces parts of the network. Bypass it while attention control is connected."
             )
 
 
@@ -295,6 +320,31 @@ class _Capture:
         self._keep("attn2", layer, {"q": q, "k": k, "v": v}, call)
         return call(q, k, v)
 
+    def joint_attention(self, layer: Layer, q, k, v, call: JointCall):
+        if len(q) != len(call.parts) * self.rows or call.image.start < 0:
+            raise ValueError(
+                "A patch on the model changes the rows or tokens of its attention, so the source's cannot be captured. "
+                "Bypass it while attention control is connected."
+            )
+        wanted = {slot.name for slot in self.slots if slot.key == layer.key}
+        if "t" in wanted and call.masked():
+            raise ValueError(
+                "Parts of the source prompt are hidden from the picture by a mask of the text encoder, so its words cannot "
+                "be followed. Set cross_replace_steps to 0, or use prompts that are encoded without padding."
+            )
+        for branch in {slot.branch for slot in self.slots}:
+            there = self.source.before(branch)
+            if there is not None and there != call.image.start:
+                raise ValueError(
+                    f"The model has {call.image.start} tokens before the picture where its prompt makes {there}: reference "
+                    "pictures or patches change the positions. Remove them while attention control is connected."
+                )
+        tensors = {name: t[:, call.image].flatten(2) for name, t in (("q", q), ("k", k), ("v", v)) if name in wanted}
+        if "t" in wanted:
+            tensors["t"] = call.split(k)[0].flatten(2)
+        self._keep("joint", layer, tensors, call)
+        return call(q, k, v)
+
     def feature(self, block: Layer, h, call: NetworkCall):
         self._keep("feature", block, {"h": h}, call)
 
@@ -321,4 +371,4 @@ def _fits(has, wanted, slot):
     if slot.site == "feature":
         return len(has) == 4 and has[:2] == wanted[:2]
     same = len(has) == 3 and (has[0], has[2]) == (wanted[0], wanted[2])
-    return same and (slot.name != "k" or slot.site == "attn1" or has == wanted)
+    return same and (slot.name != "k" or slot.site != "attn2" or has == wanted)

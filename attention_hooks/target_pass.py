@@ -6,12 +6,14 @@ import uuid
 import comfy.samplers
 import torch
 from comfy.samplers import CFGGuider
+from einops import rearrange
 
-from . import attend
-from .backbones.unet import AttentionCall, NetworkCall, UNet
+from . import attend, joint_attend
+from .backbones import Backbone
+from .backbones.calls import AttentionCall, JointCall, NetworkCall
 from .blocks import Layer
 from .conditioning import everywhere
-from .edits import BRANCHES_DIFFER, COND, SOURCE, UNCOND, Comparison, CrossEdit, Slot
+from .edits import BRANCHES_DIFFER, COND, SOURCE, UNCOND, Comparison, Slot
 from .plan import Plan
 from .source_pass import SourcePass, usable
 
@@ -30,16 +32,16 @@ class TargetPass:
         ValueError: the positive is limited to an area, or is not the target prompt.
     """
 
-    def __init__(self, *, plan: Plan, backbone: UNet, source: SourcePass, guider: CFGGuider, options: dict):
+    def __init__(self, *, plan: Plan, backbone: Backbone, source: SourcePass, guider: CFGGuider, options: dict):
         self.plan, self.backbone, self.source, self.guider, self.options = plan, backbone, source, guider, options
         self.size, self.batch = plan.setting.size, plan.setting.batch
         self.positive = {c["uuid"] for c in guider.conds.get("positive") or []}
         self._tell_apart()
         self.targets, self.compared = self._target_entries(), self._compared_entries()
-        self._step = None
+        self._step, self._seen = None, set()
 
     def _target_entries(self):
-        """uuids of the positive's entries whose cross-attention is edited by words."""
+        """{uuid: number of encoded words} of the positive's entries whose attention is edited by words."""
         given = self.guider.conds.get("positive") or []
         positive = [c for c in given if everywhere(c, self.size)]
         if given and not positive:
@@ -49,21 +51,21 @@ class TargetPass:
             )
         prompts = self.plan.prompts
         if prompts is None:
-            return set()
+            return {}
 
         def same(entry, embedding):
             words = entry.get("cross_attn")
             return words is not None and words.shape == embedding.shape and torch.equal(words.to(embedding), embedding)
 
         exact = [c for c in positive if same(c, prompts.target[0][0])]
-        tokens = len(prompts.target_tokens)
+        tokens = prompts.target[0][0].shape[1]
         fitting = exact or [c for c in positive if "cross_attn" in c and c["cross_attn"].shape[1] == tokens]
         if not exact and any(same(c, prompts.source[0][0]) for c in positive) or not fitting:
             raise ValueError(
                 "The positive conditioning of the sampler is not the target prompt of Edit Prompts: connect its 'target' "
                 "output (LoRA hooks, ControlNet and areas may be added on the way)."
             )
-        return {c["uuid"] for c in fitting}
+        return {c["uuid"]: c["model_conds"]["c_crossattn"].cond.shape[1] for c in fitting}
 
     def _compared_entries(self):
         """{uuid: the positive's encoded entry} whose maps are compared with the source's."""
@@ -83,6 +85,7 @@ class TargetPass:
     def begin(self, step: int) -> dict:
         """`model_options` for the model's calls at an executed step."""
         self._step, plan, layout = step, self.plan.at(step), self.plan.setting.layout
+        self._seen = set()
         edited = {key for key, _ in plan.self_edits}
         words = plan.cross_edits.keys() | plan.word_maps.keys()
         blocks = {key for key, _ in plan.features}
@@ -90,8 +93,9 @@ class TargetPass:
             return self.options
         options = self.backbone.install(
             self.options,
-            self_attention=([x for x in layout.layers if x.key in edited], self._self_attention),
-            cross_attention=([x for x in layout.layers if x.key in words], self._cross_attention),
+            self_attention=([x for x in layout.layers if x.key in edited and not x.joint], self._self_attention),
+            cross_attention=([x for x in layout.layers if x.key in words and not x.joint], self._cross_attention),
+            joint_attention=([x for x in layout.layers if x.key in edited | words and x.joint], self._joint_attention),
             features=([x for x in layout.resblocks if x.key in blocks], self._feature),
         )
         options[BRANCHES_DIFFER] = True
@@ -99,6 +103,21 @@ class TargetPass:
             name = "sampler_calc_cond_batch_function"
             options[name] = CondFirst(options.get(name), self.positive)
         return options
+
+    def end(self):
+        """The step is over.
+
+        Raises:
+            ValueError: a layer that was to be edited did not run.
+        """
+        plan = self.plan.at(self._step)
+        wanted = {key for key, _ in plan.self_edits} | plan.cross_edits.keys()
+        if self._seen and not wanted <= self._seen:
+            name = ".".join(map(str, min(wanted - self._seen)))
+            raise ValueError(
+                f"The attention of block {name} did not run, so it could not be edited: a patch on the model replaces or "
+                "skips it. Bypass it while attention control is connected."
+            )
 
     def gradient(self, y: torch.Tensor, sigma: float, options: dict, differentiate, comparison: Comparison, loss):
         """`dL/dx` of a control's loss on the compared maps, see `Bound.before_step`.
@@ -145,6 +164,7 @@ class TargetPass:
         return self.source.fetch(self._step, Slot(branch, site, layer.key, name), like)
 
     def _self_attention(self, layer: Layer, q, k, v, call: AttentionCall):
+        self._seen.add(layer.key)
         edits = self.plan.at(self._step).self_edits
         edits = [edits.get((layer.key, branch), []) for branch in self._branches(call)]
         if self._untouched(call) or not any(edits):
@@ -154,25 +174,73 @@ class TargetPass:
         return attend.self_attention(q, k, v, edits, call.grid, fetch, call)
 
     def _cross_attention(self, layer: Layer, q, k, v, call: AttentionCall):
-        edited = [
-            (c, slice(c * self.batch, (c + 1) * self.batch))
-            for c, own in enumerate(call.uuids or ())
-            if own in self.targets
-        ]
+        self._seen.add(layer.key)
+        edited = [attend.rows_of([c], self.batch) for c, own in enumerate(call.uuids or ()) if own in self.targets]
         if self._untouched(call) or not edited:
             return call(q, k, v)
         call.check_rows(q, self.batch * len(call.parts))
         plan, source = self.plan.at(self._step), functools.partial(self._fetch, "attn2", layer, q, SOURCE)
         edit = plan.cross_edits.get(layer.key)
+        edit = None if edit is None else edit.of(usable).folded()
         for bound, columns in plan.word_maps.get(layer.key, ()):
-            rows = edited[0][1]
-            alone = functools.partial(call.plain, chunks=[0])
+            rows = edited[0]
+            alone = functools.partial(call.plain, rows=rows)
             maps = attend.word_maps(q[rows], k[rows], call.heads, *columns, edit, source, alone)
             bound.see_maps(self._step, layer, call.grid, *(m.detach() for m in maps))
         if edit is None:
             return call(q, k, v)
-        edit = CrossEdit(*(None if part is None else usable(part) for part in (edit.matrix, edit.own)))
         return attend.cross_attention(q, k, v, edited, edit, source, call.plain, call if call.patched else None)
+
+    def _joint_attention(self, layer: Layer, q, k, v, call: JointCall):
+        self._seen.add(layer.key)
+        plan = self.plan.at(self._step)
+        edits = [plan.self_edits.get((layer.key, branch), []) for branch in self._branches(call)]
+        edit, maps = plan.cross_edits.get(layer.key), plan.word_maps.get(layer.key, ())
+        edited = [c for c, own in enumerate(call.uuids or ()) if own in self.targets] if edit is not None or maps else []
+        if self._untouched(call) or not (any(edits) or edited):
+            return call(q, k, v)
+        self._check(call, len(q))
+        heads = {"h": call.heads}
+
+        def fetch(branch, name, turned=True):
+            """The picture's rows of the source, where the target has them."""
+            tensor = rearrange(self._fetch("joint", layer, q[:, call.image].flatten(2), branch, name), "b n (h d) -> b n h d", **heads)
+            there = self.source.before(branch) if turned and name in "qk" else None
+            return tensor if there is None else self.backbone.turn(tensor, call.image.start - there)
+
+        words = {}
+        positions = self._positions(layer, call, self.targets[call.uuids[edited[0]]], q.device) if edited else None
+        as_it_was = functools.partial(fetch, SOURCE, turned=False)
+        for c in edited if edit is not None else ():
+            words[c] = joint_attend.Words(edit=edit.of(usable), source=positions[0], target=positions[1], fetch=as_it_was)
+        for bound, columns in maps:
+            rows = attend.rows_of(edited[:1], self.batch)
+            mine = (t[rows][:, call.image] for t in (q, k, v))
+            seen = joint_attend.word_maps(*mine, columns, words.get(edited[0]), positions, as_it_was, call, rows)
+            bound.see_maps(self._step, layer, call.grid, *(m.detach() for m in seen))
+        return joint_attend.joint_attention(q, k, v, edits, words, fetch, call)
+
+    def _positions(self, layer: Layer, call: JointCall, encoded: int, device):
+        """Where the words of the two prompts are among a layer's other tokens: (source or None, target) of
+        `Joint.positions`.
+
+        Args:
+            encoded: words of the target's conditioning.
+        """
+        prompts, slot = self.plan.prompts, Slot(SOURCE, "joint", layer.key, "t")
+        target = self.backbone.positions(len(prompts.target_tokens), encoded, call.others)
+        source = None
+        if slot in self.plan.at(self._step).reads:
+            there = self.source.shape_of(self._step, slot)[1]
+            source = self.backbone.positions(len(prompts.source_tokens), self.source.words(SOURCE).shape[1], there)
+        return tuple(found and tuple(t.to(device) for t in found) for found in (source, target))
+
+    def _check(self, call: JointCall, rows):
+        if rows != self.batch * len(call.parts) or call.image.start < 0:
+            raise ValueError(
+                "A patch on the model changes the rows or tokens of its attention, so the source's cannot be put in their "
+                "places. Bypass it while attention control is connected."
+            )
 
     def _feature(self, block: Layer, h, call: NetworkCall):
         if self._untouched(call):

@@ -3,7 +3,7 @@
 import torch
 from comfy_api.latest import io
 
-from ..attention_hooks.backbones.unet import UNet
+from ..attention_hooks import backbones
 from ..attention_hooks.source_pass import source_conditioning
 from ..samplers import models
 from ..samplers.capture_sampler import CaptureSampler
@@ -45,7 +45,7 @@ class CaptureAttention(io.ComfyNode):
     @classmethod
     def execute(cls, model, negative, inversion, attention, skip, precision="float16", all_steps=False):
         models.check(model, inversion)
-        UNet(model.get_model_object("diffusion_model"), type(model.model).__name__)
+        backbones.of(model.model)
         sigmas = sigmas_after(inversion, skip)
         sampler = CaptureSampler(inversion, attention, dtype=DTYPES[precision], all_steps=all_steps)
         guider = LeditsGuider(model, source_conditioning(attention) or negative, negative, 1.0)

@@ -4,7 +4,7 @@ import comfy.model_management
 import torch
 from tqdm.auto import tqdm
 
-from ..attention_hooks.backbones.unet import UNet
+from ..attention_hooks.backbones.unet import layout_of
 from ..attention_hooks.blocks import at_quarter_resolution
 from . import attention_taps, models
 from .gradients import Predictor
@@ -200,7 +200,7 @@ class StyleDiffusionInverter(_Learner):
         else:
             features = self.features.clone().to(words).expand(len(words), -1, -1)
             value = style_diffusion.Mapping(features, *words.shape[1:])
-        layers = at_quarter_resolution(UNet(predict.network).layout, tuple(latents.shape[-2:]))
+        layers = at_quarter_resolution(layout_of(predict.network), tuple(latents.shape[-2:]))
         tap = attention_taps.MapTap(predict.options, layers if self.attention else ())
 
         def look(y, sigma, learned):

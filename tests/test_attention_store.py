@@ -1,9 +1,12 @@
 """The source pass, live and kept; what a run leaves behind; and who else may patch the same layers."""
+import types
+
 import comfy.model_management
 import pytest
 import torch
 from comfy.ldm.modules.attention import optimized_attention
-from comfyui_ledits.attention_hooks.backbones.unet import UNet
+from comfyui_ledits.attention_hooks import backbones
+from comfyui_ledits.attention_hooks.backbones.unet import layout_of
 from comfyui_ledits.attention_hooks.blocks import select
 from comfyui_ledits.attention_hooks.controls.local_blend import LocalBlend
 from comfyui_ledits.attention_hooks.controls.masactrl import MasaCtrl
@@ -234,8 +237,9 @@ def test_what_does_not_fit_is_refused_before_anything_runs(scene):
     refused("not the target prompt", [PromptToPrompt(prompts=words)], tiny.conditioning(tokens=154))
     other = editing.prompts("sd1", "a horse", TARGET)
     refused("different source prompts", [PromptToPrompt(prompts=words), PlugAndPlay(prompts=other)])
-    with pytest.raises(ValueError, match="no U-Net"):
-        UNet(torch.nn.Linear(1, 1), "Flux")
+    unknown = types.SimpleNamespace(diffusion_model=torch.nn.Linear(1, 1))
+    with pytest.raises(ValueError, match="does not know how SimpleNamespace .Linear. lays out its attention"):
+        backbones.of(unknown)
 
 
 def test_blocks_of_sd_and_sdxl_by_name():
@@ -253,7 +257,7 @@ def test_blocks_of_sd_and_sdxl_by_name():
                              channel_mult=mult, transformer_depth=list(down), transformer_depth_output=list(up),
                              transformer_depth_middle=middle, context_dim=16, use_spatial_transformer=True,
                              legacy=False, **heads)
-        found = UNet(unet).layout
+        found = layout_of(unet)
         assert found.kind == kind
         assert len(found.layers) == {"SD": 16, "SDXL": 70}[kind]
         size = {"SD": (64, 64), "SDXL": (128, 128)}[kind]

@@ -75,7 +75,7 @@ def test_a_sweep_has_an_end():
 
 @pytest.mark.parametrize("given", ["@0", "@1/0", "@0/4", "@" + "9" * 400, "input." + "9" * 400, "@1/" + "9" * 400, "@<=0"])
 def test_impossible_blocks_are_no_selection(given):
-    layout = UNet(model().model.diffusion_model).layout
+    layout = UNet(model().model).layout
     assert "no block" in soon(lambda: blocks.select(given, layout.layers, layout, (16, 16)))
 
 

@@ -3,8 +3,6 @@
 Patches are objects in the `model_options` of one call, never on the user's model.
 """
 
-import math
-
 import comfy.ldm.modules.attention
 import comfy.ldm.modules.diffusionmodules.openaimodel as openaimodel
 import comfy.model_patcher
@@ -12,33 +10,27 @@ import comfy.patcher_extension
 from comfy.ldm.modules.attention import optimized_attention
 
 from ..blocks import Layer, Layout
+from .calls import AttentionCall, NetworkCall
 
 
 class UNet:
     """A ComfyUI U-Net as attention control sees it.
 
     Args:
-        diffusion_model: a MODEL's `get_model_object("diffusion_model")`.
-        name: of the model, for the message.
+        model: a `BaseModel` that is `known`.
 
     Attributes:
         layout: its transformer blocks and residual blocks.
-
-    Raises:
-        ValueError: not a U-Net of the Stable Diffusion kind.
     """
 
-    def __init__(self, diffusion_model, name="This model"):
-        if not isinstance(diffusion_model, openaimodel.UNetModel):
-            raise ValueError(
-                f"{name} has no U-Net with self- and cross-attention ({type(diffusion_model).__name__}; SD3 and Flux, for "
-                "example, are built otherwise). Attention control works with SD 1.x, SD 2.x, SDXL and checkpoints made "
-                "from them. On other models edit with a target prompt alone (LEDITS KSampler or FlowEdit), with concepts "
-                "and with a mask."
-            )
-        self.layout = _layout(diffusion_model)
+    def __init__(self, model):
+        self.layout = layout_of(model.diffusion_model)
 
-    def install(self, options: dict, self_attention=((), None), cross_attention=((), None), features=((), None)) -> dict:
+    def frames(self, latent_frames: int) -> int:
+        return latent_frames
+
+    def install(self, options: dict, self_attention=((), None), cross_attention=((), None), features=((), None),
+                joint_attention=((), None)) -> dict:
         """A copy of `model_options` with patches on transformer blocks, and a wrapper for residual blocks.
 
         Args:
@@ -46,6 +38,7 @@ class UNet:
                 projected [rows, tokens, width].
             features: (blocks, work), `work(block, h, call: NetworkCall) -> h or None` on a residual block's output
                 [rows, C, h, w] before its shortcut is added; None leaves it.
+            joint_attention: nothing; these networks have none.
         """
         options = comfy.model_patcher.create_model_options_clone(options)
         inner = options.setdefault("transformer_options", {})
@@ -59,7 +52,13 @@ class UNet:
         return options
 
 
-def _layout(diffusion_model) -> Layout:
+def known(model) -> bool:
+    """Whether a `BaseModel`'s network is a U-Net of the Stable Diffusion kind."""
+    return isinstance(model.diffusion_model, openaimodel.UNetModel)
+
+
+def layout_of(diffusion_model) -> Layout:
+    """The blocks of a U-Net."""
     layers, resblocks, level, order = [], [], 0, 0
     for part, blocks in _parts(diffusion_model).items():
         for number, block in enumerate(blocks):
@@ -98,68 +97,6 @@ def _resblock(diffusion_model, key):
     return [m for m in _parts(diffusion_model)[part][number] if isinstance(m, openaimodel.ResBlock)][index]
 
 
-class NetworkCall:
-    """The batch that a call of the network works on: chunks of the pictures, one for each conditioning.
-
-    Attributes:
-        parts: of every chunk, 0 for the positive (ComfyUI's `cond_or_uncond`).
-        uuids: of every chunk, the conditioning's uuid; None where ComfyUI does not tell.
-        size: height and width of the latent that is evaluated, an area's where the conditioning has one.
-    """
-
-    def __init__(self, options: dict):
-        self.options = options
-        self.parts, self.uuids = list(options["cond_or_uncond"]), options.get("uuids")
-        self.size = tuple(options["original_shape"][-2:])
-
-
-class AttentionCall(NetworkCall):
-    """One call of a layer's attention, on projected [rows, tokens, width].
-
-    Attributes:
-        heads: of the layer.
-        grid: height and width of its picture tokens.
-        patched: whether another pack has a patch on the layer.
-    """
-
-    def __init__(self, options: dict, previous):
-        super().__init__(options)
-        self._previous, self.patched = previous, previous is not None
-        self.heads, self.grid = options["n_heads"], tuple(options["activations_shape"][-2:])
-
-    def __call__(self, q, k, v, chunks=None):
-        """The model's attention, or another pack's patch around it, for rows of the given chunks (of all)."""
-        return (self._previous or attention)(q, k, v, self._of(chunks, len(q)))
-
-    def plain(self, q, k, v, chunks=None):
-        """The model's own attention, without another pack's patch."""
-        return attention(q, k, v, self._of(chunks, len(q)))
-
-    def check_rows(self, q, rows: int):
-        """Refuse queries that are not the picture's places, `rows` of them.
-
-        Raises:
-            ValueError: what to do.
-        """
-        if len(q) != rows or q.shape[1] != math.prod(self.grid):
-            raise ValueError(
-                "A patch on the model (HyperTile or Token Merging, for instance) changes the tokens of self-attention, so "
-                "the source's cannot be put in their places. Bypass it while attention control is connected."
-            )
-
-    def _of(self, chunks, rows):
-        """ComfyUI's `extra_options` as they would be for a call of these chunks alone."""
-        extra = self.options
-        if chunks is None or len(chunks) == len(self.parts):
-            return extra
-        shape = extra.get("activations_shape")
-        return extra | {
-            "cond_or_uncond": [self.parts[c] for c in chunks],
-            "uuids": [self.uuids[c] for c in chunks] if self.uuids else self.uuids,
-            "activations_shape": shape and [rows, *shape[1:]],
-        }
-
-
 def attention(q, k, v, extra):
     """ComfyUI's own attention, as a transformer block without patches calls it."""
     return optimized_attention(q, k, v, extra["n_heads"], attn_precision=extra["attn_precision"], transformer_options=extra)
@@ -181,7 +118,9 @@ class AttentionPatch:
         layer = self.layers.get(extra["block_index"])
         if layer is None:
             return (self.previous or attention)(q, k, v, extra)
-        return self.work(layer, q, k, v, AttentionCall(extra, self.previous))
+        grid, size = (tuple(extra[name][-2:]) for name in ("activations_shape", "original_shape"))
+        call = AttentionCall(extra, size, heads=extra["n_heads"], grid=grid, rows=len(q), model=attention, previous=self.previous)
+        return self.work(layer, q, k, v, call)
 
 
 def _replace(replaced, layers, work):
@@ -218,7 +157,7 @@ class FeatureWrapper:
                 module = _resblock(executor.class_obj, block.key).out_layers
 
                 def hook(module, inputs, output, block=block):
-                    return self.work(block, output, NetworkCall(options))
+                    return self.work(block, output, NetworkCall(options, tuple(options["original_shape"][-2:])))
 
                 handles.append(module.register_forward_hook(hook))
             return executor(*args, **kwargs)

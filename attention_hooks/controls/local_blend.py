@@ -52,6 +52,7 @@ class BoundBlend:
     """
 
     def __init__(self, settings, prompts, setting):
+        setting.check_one_frame()
         self.settings, self.size, self.mask = settings, setting.size, None
         self.start = int(setting.steps * settings.start + 1e-9)
         self.layers = setting.layers(settings.blocks)
@@ -81,7 +82,8 @@ class BoundBlend:
             return y
         mask = self._mask(average(self._sums.values()), y.shape[-2:])
         self.mask, self.masks[step] = mask.to(y), mask[:, 0]
-        return source + self.mask * (y - source)
+        free = self.mask if y.ndim == 4 else self.mask[:, :, None]  # the same in every frame
+        return source + free * (y - source)
 
     def _mask(self, maps, size):
         """Mask [B, 1, h, w] from maps [2 (source, target), B, 2 (words, substruct words), h, w]."""

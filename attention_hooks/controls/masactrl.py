@@ -67,6 +67,7 @@ class MasaCtrlRun(Bound):
         self.map_layers = frozenset()
         self.reads_words = bool(control.source_words)
         if self.reads_words:
+            setting.check_one_frame()
             self.map_layers = setting.layers(control.map_blocks)
             self.columns = (columns(control.prompts.source_tokens, control.source_words)[:, None],
                             columns(control.prompts.target_tokens, control.target_words)[:, None])

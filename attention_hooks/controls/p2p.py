@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+import torch
+
 from ..edits import COND, NEGATIVE, SOURCE, Bound, Control, CrossEdit, SelfEdit, in_window
 from ..text.align import equalizer, word_schedule
 from . import local_blend
@@ -48,6 +50,11 @@ class PromptToPromptRun(Bound):
     def __init__(self, control, setting):
         self.control, self.steps, self.device = control, setting.steps, setting.device
         self.self_layers = setting.layers(control.self_blocks)
+        if setting.layout.joint and any(factor < 0 for _, factor in control.equalizer):
+            raise ValueError(
+                f"On {setting.layout.name} words and picture share one attention, in which a factor below 0 has no meaning: "
+                "write 0 in the equalizer to leave a word out, or push away from it with a Semantic Concept."
+            )
         self.cross_layers = setting.layers(control.cross_blocks)
         tokens, alignment = control.prompts.target_tokens, control.prompts.alignment
         self.schedule = word_schedule(tokens, setting.steps, control.cross, control.words)
@@ -82,9 +89,10 @@ class PromptToPromptRun(Bound):
         """`P_new = alpha e (P_s M + P_t own) + (1 - alpha) P_t`, column by column."""
         if not alpha.any():
             return None
-        scale = alpha * self.factors
-        parts = self.matrix * scale, self.own * scale + (~alpha).float()
-        return CrossEdit(*(part.to(self.device) if part.any() else None for part in parts))
+        factors = torch.where(alpha, self.factors, 1.0)
+        parts = self.matrix * alpha, self.own * alpha + (~alpha).float(), factors
+        used = (*(part.any() for part in parts[:2]), (factors != 1).any())
+        return CrossEdit(*(part.to(self.device) if is_used else None for part, is_used in zip(parts, used)))
 
     def word_maps(self, step, layer):
         return None if self.blend is None else self.blend.word_maps(layer)

@@ -33,6 +33,11 @@ class Pix2PixZero(Control):
 class Pix2PixZeroRun(Bound):
     def __init__(self, control, setting):
         self.control, self.steps, self.batch = control, setting.steps, setting.batch
+        if setting.layout.joint:
+            raise ValueError(
+                f"pix2pix-zero follows the slope of a network of the Stable Diffusion kind (SD 1.x, SD 2.x, SDXL), which "
+                f"{setting.layout.name} is not. Use Prompt-to-Prompt or Plug-and-Play there."
+            )
         layers = setting.layers(control.blocks)
         self._comparison = Comparison(control.source_branch, layers) if layers and control.xa_guidance != 0 else None
 

@@ -24,6 +24,7 @@ class Record(Control):
 
 class RecordRun(Bound):
     def __init__(self, control, setting):
+        setting.check_one_frame()
         self.layers = setting.layers(control.blocks)
         self.tokens = control.prompts.source_tokens, control.prompts.target_tokens
         self.columns = tuple(_columns(tokens).to(setting.device) for tokens in self.tokens)

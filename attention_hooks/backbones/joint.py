@@ -1,0 +1,346 @@
+"""Transformers of flow models: where their picture and word tokens lie, and how their attention is reached during one call.
+
+Three hooks of ComfyUI serve, all in the `model_options` of one call:
+    APPLY_MODEL wrapper             gives every call of the network a count of its own, and the latent's size
+    patches_replace["dit"]          tells the block, where the network does not (SD3, AuraFlow)
+    optimized_attention_override    sees every attention; another pack's is called
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import comfy.ldm.aura.mmdit
+import comfy.ldm.chroma.model
+import comfy.ldm.flux.model
+import comfy.ldm.hidream.model
+import comfy.ldm.hunyuan_video.model
+import comfy.ldm.lumina.model
+import comfy.ldm.qwen_image.model
+import comfy.ldm.wan.model
+import comfy.model_base
+import comfy.model_patcher
+import torch
+from comfy.ldm.modules.diffusionmodules.mmdit import OpenAISignatureMMDITWrapper
+from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
+
+from ..blocks import Layer, Layout
+from .calls import AttentionCall, JointCall
+
+_KEY = "ledits_joint"
+JOINT, SELF, CROSS, PICTURE = "joint", "attn1", "attn2", "picture"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Build:
+    """How a network lays out its attention.
+
+    Attributes:
+        name: of the family, for presets.
+        width: channels of q, k and v.
+        patch: latent pixels of a token, (frames, height, width).
+        blocks: ((part, how many), ...) in order of execution.
+        picture: where the picture's tokens lie among all: "last" or "first".
+        registers: tokens of the network's own before the words.
+        padded: words and picture are each padded to a multiple of this at their end; 1 for no padding.
+        sites: the attention calls of a block, in order; a PICTURE one has nothing to edit.
+        marks: who tells the block: "network", "dit" (a patch of ours), or "count" (calls are counted).
+        words_twice: the last of two text encoders' words come once more, by layer (HiDream).
+        turned: (width, base) of the rotary part whose positions depend on how many words there are, or None.
+    """
+
+    name: str
+    width: int
+    patch: tuple[int, int, int]
+    blocks: tuple[tuple[str, int], ...]
+    picture: str = "last"
+    registers: int = 0
+    padded: int = 1
+    sites: tuple[str, ...] = (JOINT,)
+    marks: str = "network"
+    words_twice: bool = False
+    turned: tuple[int, float] | None = None
+
+
+def _two_streams(network, name):
+    patch = network.patch_size if isinstance(network.patch_size, (list, tuple)) else [network.patch_size] * 2
+    return Build(name=name, width=network.hidden_size, patch=(1, *patch)[-3:],
+                 blocks=(("double", len(network.double_blocks)), ("single", len(network.single_blocks))))
+
+
+def _sd3(network):
+    more = any(block.x_block.x_block_self_attn for block in network.joint_blocks)
+    return Build(name="SD3.5" if more else "SD3", width=network.hidden_size, patch=_square(network),
+                 blocks=(("double", len(network.joint_blocks)),), sites=(JOINT, PICTURE), marks="dit")
+
+
+def _lumina(network):
+    axes, many = network.rope_embedder, network.pad_tokens_multiple or 1
+    return Build(name="Z-Image" if many > 1 else "Lumina", width=network.dim, patch=_square(network),
+                 blocks=(("double", len(network.layers)),), padded=many, turned=(axes.axes_dim[0], axes.theta))
+
+
+def _aura(network):
+    _, registers, width = network.register_tokens.shape
+    return Build(name="AuraFlow", width=width, patch=_square(network), registers=registers, marks="dit",
+                 blocks=(("double", len(network.double_layers)), ("single", len(network.single_layers))))
+
+
+def _hidream(network):
+    return Build(name="HiDream", width=network.inner_dim, patch=_square(network), picture="first", marks="count",
+                 blocks=(("double", network.num_layers), ("single", network.num_single_layers)), words_twice=True)
+
+
+def _qwen(network):
+    blocks = (("double", len(network.transformer_blocks)),)
+    return Build(name="Qwen-Image", width=network.inner_dim, patch=_square(network), blocks=blocks)
+
+
+def _wan(network):
+    return Build(name="Wan", width=network.dim, patch=tuple(network.patch_size), blocks=(("double", len(network.blocks)),),
+                 sites=(SELF, CROSS))
+
+
+def _square(network):
+    return 1, network.patch_size, network.patch_size
+
+
+_BUILDS: dict[type, Callable] = {
+    comfy.ldm.flux.model.Flux: functools.partial(_two_streams, name="Flux"),
+    comfy.ldm.chroma.model.Chroma: functools.partial(_two_streams, name="Chroma"),
+    comfy.ldm.hunyuan_video.model.HunyuanVideo: functools.partial(_two_streams, name="HunyuanVideo"),
+    OpenAISignatureMMDITWrapper: _sd3,
+    comfy.ldm.qwen_image.model.QwenImageTransformer2DModel: _qwen,
+    comfy.ldm.lumina.model.NextDiT: _lumina,
+    comfy.ldm.aura.mmdit.MMDiT: _aura,
+    comfy.ldm.hidream.model.HiDreamImageTransformer2DModel: _hidream,
+    comfy.ldm.wan.model.WanModel: _wan,
+}
+# Their networks are of these classes, but lay out their tokens otherwise.
+_OTHERWISE = tuple(filter(None, (getattr(comfy.model_base, name, None) for name in ("LongCatImage",))))
+
+
+def known(model) -> bool:
+    """Whether a `BaseModel`'s network is one of those that `Joint` serves, and no variant of it."""
+    network = model.diffusion_model
+    variant = type(network) is comfy.ldm.wan.model.WanModel and network.model_type != "t2v"
+    return type(network) in _BUILDS and not isinstance(model, _OTHERWISE) and not variant
+
+
+class Joint:
+    """A transformer of a flow model as attention control sees it.
+
+    Args:
+        model: a `BaseModel` that is `known`.
+
+    Attributes:
+        layout: its blocks, parts "double" and "single"; it has no residual blocks.
+    """
+
+    def __init__(self, model):
+        network = model.diffusion_model
+        self.build = _BUILDS[type(network)](network)
+        level, joint = int(math.log2(self.build.patch[-1])), JOINT in self.build.sites
+        places = [(part, n) for part, count in self.build.blocks for n in range(count)]
+        layers = (Layer(part=part, number=n, index=0, level=level, width=self.build.width, order=order, joint=joint)
+                  for order, (part, n) in enumerate(places))
+        self.layout = Layout(tuple(layers), (), name=self.build.name)
+
+    def frames(self, latent_frames: int) -> int:
+        """Frames of tokens."""
+        return -(-latent_frames // self.build.patch[0])
+
+    def positions(self, words: int, encoded: int, others: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which of a layer's tokens beside the picture are which of a prompt's.
+
+        Args:
+            words: of the prompt, as `Tokens` counts them.
+            encoded: of the encoded conditioning, which core may have padded in front (Flux.2).
+            others: tokens of the layer beside the picture.
+
+        Returns:
+            of every such token its word or -1, and the number of the copy, int64 [others] each.
+
+        Raises:
+            ValueError: the layer has fewer tokens than words.
+        """
+        b = self.build
+        again = words - encoded if b.words_twice else 0
+        first = b.registers + (0 if b.words_twice else encoded - words)
+        if first < 0 or first + words + again > others:
+            raise ValueError(
+                f"The model has {others} tokens beside the picture where the prompt has {words}: a patch on the model "
+                "changes the prompt. Bypass it while attention control is connected."
+            )
+        at, copy = torch.full((others,), -1), torch.zeros(others, dtype=torch.long)
+        at[first : first + words] = torch.arange(words)
+        if again:
+            at[first + words : first + words + again] = torch.arange(encoded, words)
+            copy[first + words : first + words + again] = 1
+        return at, copy
+
+    def before(self, encoded: int) -> int | None:
+        """Tokens before the picture for a conditioning of so many words, where positions depend on it; else None."""
+        return -(-encoded // self.build.padded) * self.build.padded if self.build.turned else None
+
+    def turn(self, tensor: torch.Tensor, by: int) -> torch.Tensor:
+        """Picture tokens' q or k as they would be with `by` more tokens before the picture.
+
+        Args:
+            tensor: [rows, tokens, heads, width of a head], rotary positions applied.
+        """
+        if self.build.turned is None or by == 0:
+            return tensor
+        width, base = self.build.turned
+        omega = base ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
+        cos, sin = ((by * omega).cos().to(tensor), (by * omega).sin().to(tensor))
+        a, b = tensor[..., 0:width:2], tensor[..., 1:width:2]
+        turned = torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
+        return torch.cat([turned, tensor[..., width:]], -1)
+
+    def install(self, options: dict, self_attention=((), None), cross_attention=((), None), features=((), None),
+                joint_attention=((), None)) -> dict:
+        """A copy of `model_options` with hooks on the attention of layers.
+
+        Args:
+            self_attention, cross_attention: as `UNet.install`, for layers whose words have an attention of their own.
+            joint_attention: (layers, work), `work(layer, q, k, v, call: JointCall) -> out` on [rows, tokens, heads, width].
+            features: nothing; these networks have none.
+        """
+        options = comfy.model_patcher.create_model_options_clone(options)
+        inner = options.setdefault("transformer_options", {})
+        work = {(layer.key, site): (layer, do) for site, (layers, do) in
+                ((SELF, self_attention), (CROSS, cross_attention), (JOINT, joint_attention)) for layer in layers}
+        hook = _Hook(self.build, work, inner.get("optimized_attention_override"))
+        inner["optimized_attention_override"] = hook
+        if self.build.marks == "dit":
+            replaced = inner.setdefault("patches_replace", {}).setdefault("dit", {})
+            for part, count in self.build.blocks:
+                for n in range(count):
+                    replaced[f"{part}_block", n] = _Mark(part, n, replaced.get((f"{part}_block", n)))
+        add_wrapper_with_key(WrappersMP.APPLY_MODEL, _KEY, hook.network_call, options, is_model_options=True)
+        return options
+
+
+class _Mark:
+    """A `patches_replace["dit"]` patch that says which block runs."""
+
+    def __init__(self, part, number, previous):
+        self.part, self.number, self.previous = part, number, previous
+
+    def __call__(self, args, extra):
+        options = args["transformer_options"] | {"block_type": self.part, "block_index": self.number}
+        args = args | {"transformer_options": options}
+        return self.previous(args, extra) if self.previous is not None else extra["original_block"](args)
+
+
+class _Hook:
+    """An `optimized_attention_override`, and the APPLY_MODEL wrapper that gives it a fresh count for every call."""
+
+    def __init__(self, build: Build, work: dict, previous):
+        self.build, self.work, self.previous = build, work, previous
+
+    def network_call(self, executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs):
+        space = tuple(x.shape[2:])
+        grid = tuple(-(-side // patch) for side, patch in zip(((1,) * (3 - len(space)) + space), self.build.patch))
+        count = {"size": space[-2:], "grid": grid, "calls": 0, "sites": {}}
+        out = executor(x, t, c_concat, c_crossattn, control, transformer_options | {_KEY: count}, **kwargs)
+        layers = sum(n for _, n in self.build.blocks)
+        if self.build.marks == "count" and count["calls"] != layers:
+            raise ValueError(
+                f"{count['calls']} attentions ran where this model has {layers}: a patch on the model skips blocks or adds "
+                "to them, so they cannot be told apart. Bypass it while attention control is connected."
+            )
+        return out
+
+    def __call__(self, func, q, k, v, heads, *args, **kwargs):
+        given = _Given(func, self.previous, heads, args, kwargs)
+        options = kwargs.get("transformer_options") or {}
+        found = self._find(options)
+        if found is None:
+            return given.run(q, k, v)
+        (layer, work), site = found
+        frames, *grid = options[_KEY]["grid"]
+        where = {"options": options, "size": options[_KEY]["size"], "grid": tuple(grid)}
+        if site != JOINT:
+            q, k, v = (given.inside(t).flatten(2) for t in (q, k, v))
+            previous = None if self.previous is None else functools.partial(given.flat, False)
+            call = AttentionCall(**where, heads=heads, rows=len(q), frames=frames, model=functools.partial(given.flat, True), previous=previous)
+            return given.outside(work(layer, q, k, v, call).unflatten(-1, (heads, -1)))
+        q, k, v = map(given.inside, (q, k, v))
+        tokens = frames * math.prod(grid)
+        first = 0 if self.build.picture == "first" else self._first(q.shape[1], tokens, options)
+        call = JointCall(**where, k=k, v=v, mask=given.mask, run=given.attention, image=slice(first, first + tokens))
+        return given.outside(work(layer, q, k, v, call))
+
+    def _first(self, tokens, picture, options):
+        """Where the picture begins: before the references and its own padding."""
+        behind = sum(options.get("reference_image_num_tokens", ())) + -picture % self.build.padded
+        return tokens - picture - behind
+
+    def _find(self, options):
+        """((layer, work), site) of this call, or None where nothing is to be done."""
+        count = options.get(_KEY)
+        if count is None:
+            return None
+        number, count["calls"] = count["calls"], count["calls"] + 1
+        if self.build.marks == "count":
+            place = _nth(self.build.blocks, number)
+        else:
+            place = options.get("block_type") or self.build.blocks[0][0], options.get("block_index")
+            if place[1] is None:
+                return None
+        nth = count["sites"].get(place, 0)
+        count["sites"][place] = nth + 1
+        if place is None or nth >= len(self.build.sites):
+            return None
+        site = self.build.sites[nth]
+        do = self.work.get(((*place, 0), site))
+        return None if do is None else (do, site)
+
+
+def _nth(blocks, number):
+    for part, count in blocks:
+        if 0 <= number < count:
+            return part, number
+        number -= count
+    return None
+
+
+class _Given:
+    """One call of attention as the network made it, and how to make another like it. Inside, tensors are [rows, tokens,
+    heads, width of a head].
+    """
+
+    def __init__(self, func, previous, heads, args, kwargs):
+        self._func, self._previous, self._heads = func, previous, heads
+        self._args, self._kwargs = args[1:], {name: value for name, value in kwargs.items() if name != "mask"}
+        self.mask = args[0] if args else kwargs.get("mask")
+        self._by_head, self._out_by_head = (kwargs.get(f"skip_{part}reshape", False) for part in ("", "output_"))
+
+    def run(self, q, k, v, mask=..., options=None, plain=False):
+        """On the network's own shapes; `plain` without another pack's attention."""
+        more = self._kwargs if options is None else {**self._kwargs, "transformer_options": options}
+        mask = self.mask if mask is ... else mask
+        if plain or self._previous is None:
+            return self._func(q, k, v, self._heads, mask, *self._args, **more)
+        return self._previous(self._func, q, k, v, self._heads, mask, *self._args, **more)
+
+    def inside(self, tensor):
+        if tensor.ndim == 4 and not self._by_head:  # SD3 leaves its values by head
+            return tensor
+        return tensor.transpose(1, 2) if self._by_head else tensor.unflatten(-1, (self._heads, -1))
+
+    def outside(self, out):
+        return out.transpose(1, 2) if self._out_by_head else out.flatten(2)
+
+    def attention(self, q, k, v, mask, options, plain):
+        q, k, v = (t.transpose(1, 2) if self._by_head else t.flatten(2) for t in (q, k, v))
+        out = self.run(q, k, v, mask, options, plain)
+        return out.transpose(1, 2) if self._out_by_head else out.unflatten(-1, (self._heads, -1))
+
+    def flat(self, plain, q, k, v, options):
+        """On [rows, tokens, width], with the mask that was given."""
+        q, k, v = (t.unflatten(-1, (self._heads, -1)) for t in (q, k, v))
+        return self.attention(q, k, v, self.mask, options, plain).flatten(2)
