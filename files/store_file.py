@@ -34,8 +34,8 @@ KIND = FileKind(
     tensor_limit=1024,
 )
 _NUMBER = "(?:0|[1-9][0-9]{0,3})"
-_LAYER = rf"(?:input|middle|output)\.{_NUMBER}\.{_NUMBER}"
-_SLOT = re.compile(rf"(source|negative)/(?:attn[12]/{_LAYER}/[qkv]|feature/{_LAYER}/h)")
+_LAYER = rf"(?:input|middle|output|double|single)\.{_NUMBER}\.{_NUMBER}"
+_SLOT = re.compile(rf"(source|negative)/(?:attn[12]/{_LAYER}/[qkv]|joint/{_LAYER}/[qkvt]|feature/{_LAYER}/h)")
 _STEPS = re.compile(rf"{_NUMBER}(?:-{_NUMBER})?(?:,{_NUMBER}(?:-{_NUMBER})?)*")
 _ABOUT = "about/"
 

@@ -22,7 +22,7 @@ def tokens(kind, count):
 
 def word(n):
     """The n-th word of a made-up prompt."""
-    return "w" + "abcdefghijklmnopqrstuvwxyz"[n]
+    return "w" + "abcdefghij"[n // 10] * (n >= 10) + "abcdefghij"[n % 10]
 
 
 def prompts(kind, source=9, target=12, share=0.5):
