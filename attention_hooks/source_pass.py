@@ -1,5 +1,6 @@
 """The source pass: what a plan reads of the source is captured ahead of the target, several steps in one call."""
 
+import logging
 import math
 
 import comfy.model_management
@@ -92,7 +93,7 @@ class SourcePass:
         self.setting, self.model = plan.setting, guider.inner_model
         self.entries = self._source_entries(latent_image, denoise_mask)
         self.same = self._branches_equal()
-        self.store = AttentionStore() if store is None else store
+        self.store = self._live_store() if store is None else store
 
     def _source_entries(self, latent_image, denoise_mask):
         """{SOURCE: the encoded entry}; the negative's is the guider's, read when it is used."""
@@ -252,6 +253,16 @@ class SourcePass:
         target = self.model.memory_required([len(self.plan.branches) * shape[0], *shape[1:]])
         free = comfy.model_management.get_free_memory(self.setting.device)
         return int(min(max(min(max(target, _FREE_BYTES), free / 3) // one, 1), _MOST_STEPS))
+
+    def _live_store(self):
+        """In the host's memory where a step would take more than a third of what the device has left."""
+        itemsize = self.model.get_dtype_inference().itemsize
+        most = max((self.nbytes(self.needs(step), itemsize) for step in range(self.setting.steps)), default=0)
+        free = comfy.model_management.get_free_memory(self.setting.device)
+        if most > free / 3:
+            logging.info("The source's attention takes %.2f GB a step: it is kept in the host's memory.", most / 2**30)
+            return AttentionStore("cpu")
+        return AttentionStore()
 
     def _steps_that_fit(self, slots):
         """Steps whose tensors are held at once: what they take is memory that the edit's own call lacks."""

@@ -1,6 +1,7 @@
 """Attention control on transformers of flow models, in every block, against explicit matrices over words and picture."""
 import pytest
 import torch
+from comfyui_ledits.attention_hooks.controls.copy_attention import CopyAttention
 from comfyui_ledits.attention_hooks.controls.masactrl import MasaCtrl
 from comfyui_ledits.attention_hooks.controls.p2p import PromptToPrompt
 from comfyui_ledits.attention_hooks.controls.pnp import PlugAndPlay
@@ -156,3 +157,22 @@ def test_masactrl_looks_up_the_source_within_masks(kind, own_keys):
 
     check(kind, lambda words: MasaCtrl(prompts=words, window=EVERY, blocks="all", own_keys=own_keys, source_mask=given[0],
                                        target_mask=given[1]), edit, sizes=(12, 12))
+
+
+@pytest.mark.parametrize("names", ["qk", "kv", "v"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_copied_rows_at_some_places(kind, names):
+    """What ConsistEdit does beside a mask: rows of the source outside, the target's own inside."""
+    given, tokens = regions(kind)
+
+    def edit(call, source):
+        own = {"q": call.q, "k": call.k, "v": call.v}
+        if call.site != "cross":
+            outside = torch.zeros(call.q.shape[2], dtype=torch.bool)
+            outside[call.image] = ~tokens[0]
+            for name in names:
+                own[name] = own[name].clone()
+                own[name][:, :, outside] = getattr(source, name)[:, :, source.image][:, :, ~tokens[0]]
+        return softmax(own["q"], own["k"]) @ own["v"]
+
+    check(kind, lambda words: CopyAttention(prompts=words, rows=names, window=EVERY, mask=given[0]), edit, sizes=(12, 12))

@@ -29,6 +29,11 @@ class PlugAndPlayRun(Bound):
         self.control, self.steps = control, setting.steps
         self.blocks = setting.resblocks(control.feature_blocks)
         self.layers = setting.layers(control.attention_blocks)
+        if setting.layout.joint and not in_window(0, setting.steps, control.attention):
+            raise ValueError(
+                f"{setting.layout.name} has no residual blocks, so of Plug-and-Play only the attention acts there, and "
+                "pnp_attn_t is 0: set it to 0.2, for instance."
+            )
 
     def self_edit(self, step, layer, branch):
         if layer.key not in self.layers or not in_window(step, self.steps, self.control.attention):

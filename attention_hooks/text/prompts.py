@@ -31,15 +31,22 @@ def edit_prompts(clip, source, target, mapping="auto"):
     Raises:
         ValueError: prompts that cannot be aligned, or another kind of text encoder.
     """
-    before, after = tokens.read(clip, source), tokens.read(clip, target)
-    alignment = align(before, after, mapping)
-    encoded = []
-    for text, its in ((source, before), (target, after)):
-        conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(text))
-        if conditioning[0][0].shape[1] != len(its):
-            raise ValueError(
-                f"The text encoder gives {conditioning[0][0].shape[1]} vectors for the {len(its)} tokens of '{text}': "
-                "its words cannot be told apart."
-            )
-        encoded.append(conditioning)
+    (encoded, before), (encoded_after, after) = (_encode(clip, text) for text in (source, target))
+    encoded, alignment = (encoded, encoded_after), align(before, after, mapping)
     return EditPrompts(source=encoded[0], target=encoded[1], source_tokens=before, target_tokens=after, alignment=alignment)
+
+
+def _encode(clip, text):
+    """CONDITIONING of a prompt, and its `Tokens`; some encoders leave out padding at the end.
+
+    Raises:
+        ValueError: as `edit_prompts`.
+    """
+    its, conditioning = tokens.read(clip, text), clip.encode_from_tokens_scheduled(clip.tokenize(text))
+    rows = conditioning[0][0].shape[1]
+    its = its.without_padding(rows)
+    if rows != len(its):
+        raise ValueError(
+            f"The text encoder gives {rows} vectors for the {len(its)} tokens of '{text}': its words cannot be told apart."
+        )
+    return conditioning, its

@@ -1,7 +1,7 @@
 """A prompt's tokens as ComfyUI makes them, and the words they spell."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 START, WORD, END, PAD = "start", "word", "end", "pad"
@@ -34,6 +34,12 @@ class Tokens:
 
     def __len__(self):
         return len(self.ids)
+
+    def without_padding(self, rows):
+        """Without the padding after the first `rows` tokens; as it is where there is more than padding, or nothing."""
+        if rows >= len(self) or len(self.chunks) > 2 or any(kind != PAD for kind in self.kinds[rows:]):
+            return self
+        return replace(self, ids=self.ids[:rows], kinds=self.kinds[:rows], chunks=(0, rows))
 
     def find(self, phrase):
         """Positions of all occurrences of a word or phrase, whatever the case and the punctuation.
