@@ -85,6 +85,7 @@ _KINDS = {  # kind: (Layout.name, places)
     "SD": ("", {*(("input", n) for n in (1, 2, 4, 5, 7, 8)), ("middle", 0), *(("output", n) for n in range(3, 12))}),
     "SDXL": ("", {*(("input", n) for n in (4, 5, 7, 8)), ("middle", 0), *(("output", n) for n in range(6))}),
     "Flux": ("Flux", _numbered(double=19, single=38)),
+    "demo": ("Flux", _numbered(double=3, single=6)),
     "SD3-medium": ("SD3", _numbered(double=24)),
     "SD3.5-medium": ("SD3.5", _numbered(double=24)),
     "SD3.5-large": ("SD3", _numbered(double=38)),
@@ -94,13 +95,14 @@ _KINDS = {  # kind: (Layout.name, places)
 # tried 44 (output.1), 54 and 64. Plug-and-Play has no published SDXL layers: the same stage of the decoder.
 # Of transformers: the blocks in which words are seen best are from arXiv 2508.07519 (five a model; it counts single blocks
 # after double ones), MasaCtrl's on Flux the vital layers of Stable Flow (arXiv 2411.14430), on SD3.5-medium LayerVerse's.
-# For others nothing is published: shares of the depth, in which the published lists agree (words in the middle, look late).
+# The demo flow model's words are seen best in single.1-2 (measured). For others nothing is published: shares of the depth,
+# in which the published lists agree (words in the middle, look late).
 PRESETS = {
     "p2p": {"other": "@<=1/2", "transformer": "all"},
     "words": {
-        "other": "input@16, output@16", "Flux": "double.12, double.14, double.17-18, double.11", "SD3-medium": "double.4-5, double.7-9",
+        "other": "input@16, output@16", "transformer": "30%-60%", "demo": "single.1-2",
+        "Flux": "double.11-12, double.14, double.17-18", "SD3-medium": "double.4-5, double.7-9",
         "SD3.5-large": "double.16, double.18, double.20-21, double.24",
-        "transformer": "30%-60%",
     },
     "masactrl": {
         "SD": "output.6-11", "SDXL": "output.1-5", "other": "output@>=1/2",
