@@ -213,7 +213,7 @@ class TargetPass:
         as_it_was = functools.partial(fetch, SOURCE, turned=False)
         for c in edited if edit is not None else ():
             words[c] = joint_attend.Words(edit=edit.of(usable), source=positions[0], target=positions[1], fetch=as_it_was)
-        for bound, columns in maps:
+        for bound, columns in maps if edited else ():
             rows = attend.rows_of(edited[:1], self.batch)
             mine = (t[rows][:, call.image] for t in (q, k, v))
             seen = joint_attend.word_maps(*mine, columns, words.get(edited[0]), positions, as_it_was, call, rows)

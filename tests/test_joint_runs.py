@@ -125,9 +125,9 @@ def test_maps_of_words(kind):
         assert (maps[side].flatten(2).mT - expected).abs().max() < 1e-6, name
 
 
-def run(kind, path, words, attention, **kwargs):
+def run(kind, path, words, attention, cfg=1.0, **kwargs):
     """The latent and the SAMPLER."""
-    guider = LeditsGuider(tiny_flow.model(kind), words.target, tiny_flow.conditioning(kind, 3), 1.0)
+    guider = LeditsGuider(tiny_flow.model(kind), words.target, tiny_flow.conditioning(kind, 3), cfg)
     sampler = LeditsSampler(path, attention=attention, **kwargs)
     picture = path.latent_format.process_out(path.latents[-1])
     with torch.inference_mode():
@@ -146,6 +146,20 @@ def test_local_blend_keeps_the_path_outside(kind):
     outside = outside[:, :, None] if out.ndim == 5 else outside
     assert (out - path.latents[-1])[outside].abs().max() < 1e-6  # of the latent's format, which scales and shifts
     assert (out - path.latents[-1])[~outside].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", PICTURES)
+def test_masks_from_words_serve_the_negatives_branch_too(kind):
+    """Seen in the positive's call, which comes first; within them MasaCtrl looks up, as with the same masks given."""
+    path, words = flow_editing.path(kind, 1, 1), flow_editing.prompts(kind, 12, 12)
+    worded = MasaCtrl(prompts=words, window=EVERY, blocks="all", source_words=("wa",), target_words=("wb",), threshold=0.4,
+                      map_blocks="double.0")
+    out, sampler = run(kind, path, words, [worded], cfg=3.0)
+    source, target = (m.float() for m in sampler.observed.masks["MasaCtrl"][0])
+    assert 0 < source.mean() < 1 and 0 < target.mean() < 1
+    given = MasaCtrl(prompts=words, window=EVERY, blocks="all, -double.0", source_mask=source, target_mask=target)
+    first = MasaCtrl(prompts=words, window=EVERY, blocks="double.0")  # no map is seen before it
+    assert (out - run(kind, path, words, [first, given], cfg=3.0)[0]).abs().max() < 1e-5
 
 
 def test_video_has_no_maps_of_words():
