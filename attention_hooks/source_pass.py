@@ -9,11 +9,9 @@ import comfy.sampler_helpers
 import comfy.samplers
 import torch
 from comfy.samplers import CFGGuider
-from einops import rearrange
 
 from .backbones import Backbone
-from .backbones.calls import AttentionCall, JointCall, NetworkCall
-from .blocks import Layer
+from .capture import Capture
 from .conditioning import equal_but, everywhere, plain, repeats_by_picture, same_words
 from .edits import NEGATIVE, SOURCE, VALUE_PRESCRIBED, Slot, SourcePath
 from .plan import Plan
@@ -278,7 +276,8 @@ class SourcePass:
         Raises:
             ValueError: something of it did not run.
         """
-        capture = _Capture(self, wanted)
+        capture = Capture([(self.start + step, slots) for step, slots in wanted], store=self.store, batch=self.setting.batch,
+                          words=lambda branch: self.words(branch).shape[1], before=self.before)
         if not capture.branches:
             return
         layout = self.setting.layout
@@ -302,74 +301,6 @@ class SourcePass:
                 f"The source's attention could not be captured ({'.'.join(map(str, missing[0].key))} {missing[0].site}): a "
                 "patch on the model skips or replaces parts of the network. Bypass it while attention control is connected."
             )
-
-
-class _Capture:
-    """One call of the network on the source at several steps: its work functions keep what is wanted.
-
-    Rows come as [chunks, steps, B]: a chunk is a branch, by its place in `branches`.
-    """
-
-    def __init__(self, source: SourcePass, wanted: list[tuple[int, set[Slot]]]):
-        self.source, self.wanted = source, wanted
-        self.slots = set().union(*(slots for _, slots in wanted))
-        self.branches = sorted({slot.branch for slot in self.slots}, reverse=True)
-        self.rows = len(wanted) * source.setting.batch  # of one branch
-
-    def at(self, layers, site):
-        """The layers at which something is wanted."""
-        keys = {slot.key for slot in self.slots if slot.site == site}
-        return [layer for layer in layers if layer.key in keys]
-
-    def self_attention(self, layer: Layer, q, k, v, call: AttentionCall):
-        call.check_rows(q, len(call.parts) * self.rows)
-        self._keep("attn1", layer, {"q": q, "k": k, "v": v}, call)
-        return call(q, k, v)
-
-    def cross_attention(self, layer: Layer, q, k, v, call: AttentionCall):
-        call.check_rows(q, len(call.parts) * self.rows)
-        self._keep("attn2", layer, {"q": q, "k": k, "v": v}, call)
-        return call(q, k, v)
-
-    def joint_attention(self, layer: Layer, q, k, v, call: JointCall):
-        if len(q) != len(call.parts) * self.rows or call.image.start < 0:
-            raise ValueError(
-                "A patch on the model changes the rows or tokens of its attention, so the source's cannot be captured. "
-                "Bypass it while attention control is connected."
-            )
-        wanted = {slot.name for slot in self.slots if slot.key == layer.key}
-        if "t" in wanted and call.masked():
-            raise ValueError(
-                "Parts of the source prompt are hidden from the picture by a mask of the text encoder, so its words cannot "
-                "be followed. Set cross_replace_steps to 0, or use prompts that are encoded without padding."
-            )
-        for branch in {slot.branch for slot in self.slots}:
-            there = self.source.before(branch)
-            if there is not None and there != call.image.start:
-                raise ValueError(
-                    f"The model has {call.image.start} tokens before the picture where its prompt makes {there}: reference "
-                    "pictures or patches change the positions. Remove them while attention control is connected."
-                )
-        tensors = {name: t[:, call.image].flatten(2) for name, t in (("q", q), ("k", k), ("v", v)) if name in wanted}
-        if "t" in wanted:
-            tensors["t"] = call.split(k)[0].flatten(2)
-        self._keep("joint", layer, tensors, call)
-        return call(q, k, v)
-
-    def feature(self, block: Layer, h, call: NetworkCall):
-        self._keep("feature", block, {"h": h}, call)
-
-    def _keep(self, site, layer, tensors, call):
-        for slot in self.slots:
-            if slot.site != site or slot.key != layer.key or self.branches.index(slot.branch) not in call.parts:
-                continue
-            tensor = tensors[slot.name]
-            if site == "attn2" and slot.name == "k":  # a shorter prompt is repeated to a longer one's length
-                tensor = tensor[:, : self.source.words(slot.branch).shape[1]]
-            steps = rearrange(tensor, "(chunk step b) ... -> chunk step b ...", chunk=len(call.parts), step=len(self.wanted))
-            for (step, slots), rows in zip(self.wanted, steps[call.parts.index(self.branches.index(slot.branch))]):
-                if slot in slots:
-                    self.source.store.put(self.source.start + step, slot, rows)
 
 
 def usable(tensor: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ from .speed_cases import CASES, MEMORY, measure, say
 def parse(arguments):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", metavar="CASE", help="; ".join(f"{c.__name__}: {c.__doc__}" for c in CASES))
-    parser.add_argument("--model", default="demo", help="demo, a checkpoint file, or random weights: tiny, sd15")
+    parser.add_argument("--model", default="demo", help="demo, a checkpoint file, or random weights: tiny, sd15, flux")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--repeat", type=int, help="how often each side is measured")
     parser.add_argument("--quick", action="store_true", help="6 steps, once: shows that everything runs")

@@ -113,6 +113,11 @@ def store_memory(bench):
     yield from _memory(("ksampler", *(STORES[:1] if bench.options.quick else STORES)), "sd15", 2)
 
 
+def joint_memory(bench):
+    """the same on Flux.1's blocks at full width, 2 double and 4 single ones, random weights, 512 px, 2 steps"""
+    yield from _memory(("ksampler", *(STORES[:1] if bench.options.quick else STORES)), "flux", 2)
+
+
 def _memory(sides, model, steps):
     found = {}
     for side in sides:
@@ -184,4 +189,4 @@ def diffusers(bench):
                   note=note)
 
 
-CASES = (inversion, methods, batches, overhead, attention, memory, store_memory, diffusers)
+CASES = (inversion, methods, batches, overhead, attention, memory, store_memory, joint_memory, diffusers)

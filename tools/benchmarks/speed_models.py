@@ -1,4 +1,4 @@
-"""U-Nets with random weights, and text for them: to measure what a network costs, not what it draws."""
+"""Networks with random weights, and text for them: to measure what a network costs, not what it draws."""
 
 # A two-level U-Net, so fast that every overhead shows; and what SD 1.5 has instead.
 TINY = {
@@ -18,13 +18,22 @@ SD15 = TINY | {
 def random_model(unet):
     """A Stable Diffusion U-Net with random weights, float32."""
     import comfy.model_base
-    import comfy.model_management
-    import comfy.model_patcher
     import comfy.supported_models
+
+    return _random(comfy.model_base.BaseModel(comfy.supported_models.SD15({**unet, "dtype": _float32()})))
+
+
+def _float32():
     import torch
 
-    config = comfy.supported_models.SD15({**unet, "dtype": torch.float32})
-    model = comfy.model_base.BaseModel(config)
+    return torch.float32
+
+
+def _random(model):
+    import comfy.model_management
+    import comfy.model_patcher
+    import torch
+
     torch.manual_seed(0)
     with torch.no_grad():
         for p in model.diffusion_model.parameters():  # ComfyUI's layers come without weights
@@ -33,13 +42,30 @@ def random_model(unet):
     return comfy.model_patcher.ModelPatcher(model, management.get_torch_device(), management.unet_offload_device())
 
 
+# Flux.1's blocks at full width, 2 of 19 double and 4 of 38 single ones.
+FLUX = {
+    "image_model": "flux", "in_channels": 16, "out_channels": 16, "vec_in_dim": 768, "context_in_dim": 4096,
+    "hidden_size": 3072, "mlp_ratio": 4.0, "num_heads": 24, "depth": 2, "depth_single_blocks": 4, "axes_dim": [16, 56, 56],
+    "theta": 10000, "patch_size": 2, "qkv_bias": True, "guidance_embed": False, "txt_ids_dims": [],
+}
+
+
+def random_flux():
+    """Some of Flux.1-schnell's blocks with random weights, float32."""
+    import comfy.model_base
+    import comfy.supported_models
+
+    config = comfy.supported_models.FluxSchnell({**FLUX, "dtype": _float32()})
+    return _random(comfy.model_base.Flux(config, model_type=comfy.model_base.ModelType.FLOW))
+
+
 class RandomText:
     """CLIP's tokens with random vectors for them: text for a model that has no encoder."""
 
-    def __init__(self, width):
+    def __init__(self, width, pooled=0):
         import comfy.sd1_clip
 
-        self.tokenizer, self.width = comfy.sd1_clip.SD1Tokenizer(), width
+        self.tokenizer, self.width, self.pooled = comfy.sd1_clip.SD1Tokenizer(), width, pooled
 
     def tokenize(self, text, return_word_ids=False):
         return self.tokenizer.tokenize_with_weights(text, return_word_ids)
@@ -49,4 +75,5 @@ class RandomText:
 
         ids = [int(token[0]) for chunk in tokens["l"] for token in chunk]
         generator = torch.Generator().manual_seed(sum(ids))
-        return [[torch.randn(1, len(ids), self.width, generator=generator), {}]]
+        words, pooled = (torch.randn(1, *shape, generator=generator) for shape in ((len(ids), self.width), (self.pooled,)))
+        return [[words, {"pooled_output": pooled} if self.pooled else {}]]

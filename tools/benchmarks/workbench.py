@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from .. import inside_comfyui
-from .speed_models import SD15, TINY, RandomText, random_model
+from .speed_models import FLUX, SD15, TINY, RandomText, random_flux, random_model
 
 ROOT = Path(__file__).resolve().parents[2]
 CONCEPTS = ("star", "red")
@@ -41,6 +41,8 @@ class Bench:
         if options.model in ("tiny", "sd15"):
             unet, side = (TINY, 16) if options.model == "tiny" else (SD15, 64)
             self.model, self.clip = random_model(unet), RandomText(unet["context_dim"])
+        elif options.model == "flux":
+            self.model, self.clip, side = random_flux(), RandomText(FLUX["context_in_dim"], FLUX["vec_in_dim"]), 64
         elif options.model == "demo":
             (self.model, self.clip, self.vae), side = loader.load(), 16
         else:
