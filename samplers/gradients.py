@@ -34,7 +34,7 @@ _NO_GRADIENT = "no derivative"
 # How torch names what it cannot differentiate.
 _WITHOUT_DERIVATIVE = (_NO_GRADIENT, "Inference tensors cannot be saved", "Inplace update to inference tensor",
                        "inplace operation", "in-place operation", "does not require grad", "derivative for",
-                       "have been used in the graph", "outside InferenceMode", "different metadata")
+                       "have been used in the graph", "outside InferenceMode", "through the graph a second time")
 
 
 def check(model: ModelPatcher):
@@ -172,7 +172,8 @@ class OutOfPlace:
     def __call__(self, *args, **kwargs):
         if not torch.is_grad_enabled():
             return self._patch(*args, **kwargs)
-        given = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
+        copies = {id(a): a.clone() for a in args if isinstance(a, torch.Tensor)}  # core gives one tensor as several
+        given = [copies.get(id(a), a) for a in args]
         with torch.autograd.graph.saved_tensors_hooks(_kept, _taken):
             out = self._patch(*given, **kwargs)
         made = [t for t in (out if isinstance(out, (list, tuple)) else [out]) if isinstance(t, torch.Tensor)]
