@@ -7,11 +7,12 @@ from tqdm.auto import tqdm
 from ..attention_hooks.backbones.unet import UNet
 from ..attention_hooks.blocks import at_quarter_resolution
 from . import attention_taps, models, other_packs
-from .gradients import Predictor, told_in_words
+from .gradients import Predictor
 from .inverters import check_caches
 from .methods import ddim, null_text, style_diffusion
 from .methods.families import Family
 from .methods.record import Inversion, check_latent, check_sigmas
+from .out_of_place import told_in_words
 from .phased import PhasedSampler, Run
 
 

@@ -20,21 +20,15 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from comfy.samplers import CFGGuider
 
-from ..attention_hooks.backbones.unet import AttentionPatch
 from . import models
 from .guider import guided, predicted
+from .out_of_place import copies_saved, out_of_place
 
 # Memory of a backward pass in terms of the estimate for a prediction with cond and uncond.
 _MEMORY = 4
 # Conditioning features that learning cannot handle: they bring weights without a derivative, or switch the prompt off
 # for some steps or areas.
 _MORE_THAN_WORDS = ("control", "gligen", "hooks", "area", "mask", "start_percent", "end_percent")
-
-_NO_GRADIENT = "no derivative"
-# How torch names what it cannot differentiate.
-_WITHOUT_DERIVATIVE = (_NO_GRADIENT, "Inference tensors cannot be saved", "Inplace update to inference tensor",
-                       "inplace operation", "in-place operation", "does not require grad", "derivative for",
-                       "have been used in the graph", "outside InferenceMode", "through the graph a second time")
 
 
 def check(model: ModelPatcher):
@@ -146,83 +140,6 @@ def torch_attention(function, *args, **kwargs):
     return attention_pytorch(*args, **kwargs)
 
 
-def _kept(tensor: torch.Tensor) -> torch.Tensor:
-    """What is saved for a backward pass of something that may be changed in place later."""
-    return tensor.detach().clone()
-
-
-def _taken(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
-
-
-class OutOfPlace:
-    """Another pack's patch in a call that is differentiated.
-
-    Patches change in place what they are given and what they made of it (FreeU, Normalized Attention Guidance), which
-    autograd refuses; within a block under checkpointing it does not notice, and the gradient is wrong. So a patch is
-    given copies, and what is saved of its own work is copied too.
-
-    Args:
-        patch: of core's `transformer_options`.
-    """
-
-    def __init__(self, patch: Callable):
-        self._patch = patch
-
-    def __call__(self, *args, **kwargs):
-        if not torch.is_grad_enabled():
-            return self._patch(*args, **kwargs)
-        copies = {id(a): a.clone() for a in args if isinstance(a, torch.Tensor)}  # core gives one tensor as several
-        given = [copies.get(id(a), a) for a in args]
-        with torch.autograd.graph.saved_tensors_hooks(_kept, _taken):
-            out = self._patch(*given, **kwargs)
-        made = [t for t in (out if isinstance(out, (list, tuple)) else [out]) if isinstance(t, torch.Tensor)]
-        if any(isinstance(a, torch.Tensor) and a.requires_grad for a in args) and not any(t.requires_grad for t in made):
-            raise RuntimeError(f"{_NO_GRADIENT}: its result does not depend on what it was given.")
-        return out
-
-
-def out_of_place(transformer_options: dict) -> dict:
-    """The "patches" and "patches_replace" of `transformer_options`, those of other packs wrapped; new dictionaries."""
-    patches, replaced = (transformer_options.get(name, {}) for name in ("patches", "patches_replace"))
-    return {
-        "patches": {name: [_wrapped(patch) for patch in own] for name, own in patches.items()},
-        "patches_replace": {name: {key: _wrapped(patch) for key, patch in own.items()} for name, own in replaced.items()},
-    }
-
-
-def _wrapped(patch):
-    if not isinstance(patch, AttentionPatch):
-        return OutOfPlace(patch)
-    if patch.previous is None:
-        return patch
-    own = copy.copy(patch)
-    own.previous = _wrapped(patch.previous)
-    return own
-
-
-@contextlib.contextmanager
-def told_in_words(what: str, instead: str):
-    """What autograd and patches say where a patch has no derivative, as a sentence for the user.
-
-    Args:
-        what: needs the derivative.
-        instead: what to use in its place.
-
-    Raises:
-        ValueError: in place of such an error.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if not any(text in str(error) for text in _WITHOUT_DERIVATIVE):
-            raise
-        raise ValueError(
-            f"A patch on the model, of another pack or GLIGEN, cannot be differentiated, which {what} needs. Remove it, or "
-            f"use {instead}."
-        ) from error
-
-
 def _more_memory(executor, model, noise_shape, *args, **kwargs):
     return executor(model, [noise_shape[0] * _MEMORY, *noise_shape[1:]], *args, **kwargs)
 
@@ -279,7 +196,7 @@ class Predictor:
 
     def combine(self, y: torch.Tensor, sigma, positive: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
         """Guidance as the run has it: the guider's cfg, or other packs' functions, which may change what they are given."""
-        with torch.autograd.graph.saved_tensors_hooks(_kept, _taken):
+        with copies_saved():
             return guided(
                 self._model, [self.conds["positive"], self.conds["negative"]], [positive.clone(), negative.clone()],
                 self._guider.cfg, y.clone(), self.level(y, sigma), self.options,

@@ -17,8 +17,9 @@ from comfy.samplers import CFGGuider
 from einops import rearrange
 
 from ..attention_hooks.conditioning import in_range
-from .gradients import checkpointed, out_of_place, told_in_words, torch_attention
+from .gradients import checkpointed, torch_attention
 from .methods.fit import scaled_gradient
+from .out_of_place import out_of_place, told_in_words
 
 # Gradients are small for a float16 network; powers of two change nothing in float32.
 _LOSS_SCALE = 2.0**7
