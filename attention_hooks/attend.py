@@ -10,13 +10,16 @@ import torch
 from einops import rearrange, repeat
 
 
-def self_attention(q, k, v, edits, grid, fetch, attention):
+def self_attention(q, k, v, edits, grid, fetch, attention, patched=None):
     """Self-attention with `SelfEdit`s. q, k and v are overwritten.
 
     Args:
         edits: list of `SelfEdit`s for every chunk, applied in order.
         grid: height and width of the token grid.
+        patched: another pack's patch on this layer. It is given as many keys as queries; what it adds to plain attention
+            over the source's keys is kept.
     """
+    whole = patched or attention
     batch, special = len(q) // len(edits), {}
     for c, edits_of_chunk in enumerate(edits):
         rows = slice(c * batch, (c + 1) * batch)
@@ -33,23 +36,28 @@ def self_attention(q, k, v, edits, grid, fetch, attention):
                     tensor[rows] = fetch(branch, name).to(tensor)
     everything = list(range(len(edits)))
     if not special:
-        return attention(q, k, v, everything)
+        return whole(q, k, v, everything)
     out = torch.empty_like(q)
     plain = [c for c in everything if c not in special]
     if plain:
         rows = torch.cat([torch.arange(c * batch, (c + 1) * batch) for c in plain]).to(q.device)
-        out[rows] = attention(q[rows], k[rows], v[rows], plain)
+        out[rows] = whole(q[rows], k[rows], v[rows], plain)
     for c, (edit, masks) in special.items():
         rows = slice(c * batch, (c + 1) * batch)
         keys, values = fetch(edit.k, "k").to(k), fetch(edit.v, "v").to(v)
+        added = 0
+        if patched is not None:
+            added = patched(q[rows], keys, values, [c]) - attention(q[rows], keys, values, [c])
         if masks is None:
-            out[rows] = attention(q[rows], torch.cat([keys, k[rows]], 1), torch.cat([values, v[rows]], 1), [c])
+            both = torch.cat([keys, k[rows]], 1), torch.cat([values, v[rows]], 1)
+            out[rows] = attention(q[rows], *both, [c]) + added
             continue
         for b in range(batch):  # pictures look up different numbers of keys
             row = slice(c * batch + b, c * batch + b + 1)
             source, target = ((keys[b : b + 1], values[b : b + 1]), (k[row], v[row]) if edit.own_keys else None)
             attend_chunk = functools.partial(attention, chunks=[c])
             out[row] = _inside_and_outside(q[row], source, target, [m[b] for m in masks], attend_chunk)
+        out[rows] += added
     return out
 
 
