@@ -43,19 +43,28 @@ def copy_rows(q, k, v, edits, grid, fetch):
     return special
 
 
-def self_attention(q, k, v, edits, grid, fetch, attention):
-    """Self-attention with `SelfEdit`s. q, k and v are overwritten. Arguments as in `copy_rows`."""
-    special = copy_rows(q, k, v, edits, grid, fetch)
+def self_attention(q, k, v, edits, grid, fetch, attention, patched=None):
+    """Self-attention with `SelfEdit`s. q, k and v are overwritten.
+
+    Args:
+        edits, grid: as in `copy_rows`.
+        patched: another pack's patch on this layer. It is given as many keys as queries; what it adds to plain attention
+            over the source's keys is kept.
+    """
+    whole, special = patched or attention, copy_rows(q, k, v, edits, grid, fetch)
     everything, batch = range(len(edits)), len(q) // len(edits)
     if not special:
-        return attention(q, k, v, rows_of(everything, batch))
+        return whole(q, k, v, rows_of(everything, batch))
     out = torch.empty_like(q)
     plain = rows_of([c for c in everything if c not in special], batch)
     if plain:
-        out[plain] = attention(q[plain], k[plain], v[plain], plain)
+        out[plain] = whole(q[plain], k[plain], v[plain], plain)
     for c, (edit, masks) in special.items():
         rows = rows_of([c], batch)
         out[rows] = look_up(q[rows], k[rows], v[rows], edit, masks, fetch, attention, rows)
+        if patched is not None:
+            source = fetch(edit.k, "k").to(k), fetch(edit.v, "v").to(v)
+            out[rows] += patched(q[rows], *source, rows) - attention(q[rows], *source, rows)
     return out
 
 

@@ -7,6 +7,7 @@ import torch
 from comfy.samplers import CFGGuider
 
 from . import backbones
+from .conditioning import everywhere
 from .edits import COND, UNCOND, Control, Setting, SourcePath
 from .observed import Observed
 from .plan import Plan
@@ -57,7 +58,7 @@ class AttentionRun:
     def __init__(self, *, guider: CFGGuider, path: SourcePath, options: dict, kept: AttentionStore | None = None, **more):
         self.path, self.kept = path, kept
         self.source = open_source(guider=guider, path=path, options=options, store=kept,
-                                  branches=_evaluated_branches(guider, options), **more)
+                                  branches=_edited_branches(guider, options, tuple(path.latents.shape[-2:])), **more)
         self.plan, self.start = self.source.plan, self.source.start
         self.device = self.plan.setting.device
         self.target = TargetPass(plan=self.plan, backbone=self.source.backbone, source=self.source, guider=guider,
@@ -121,8 +122,10 @@ class AttentionRun:
         return Observed(steps=self.plan.setting.steps, size=size, latent=y.cpu(), tokens=tokens, maps=maps, masks=masks)
 
 
-def _evaluated_branches(guider: CFGGuider, options: dict):
-    """Branches of the target that the guider evaluates."""
+def _edited_branches(guider: CFGGuider, options: dict, size: tuple[int, int]):
+    """Branches of the target that the guider evaluates on the whole picture, of `size`."""
     known = type(guider).predict_noise is CFGGuider.predict_noise or hasattr(guider, "concepts")  # others have no one cfg
     without = known and math.isclose(guider.cfg, 1.0) and not options.get("disable_cfg1_optimization", False)
-    return (COND,) if without and not getattr(guider, "concepts", ()) else (COND, UNCOND)
+    negative = guider.conds.get("negative")
+    in_areas = known and negative and not any(everywhere(entry, size) for entry in negative)
+    return (COND,) if (without or in_areas) and not getattr(guider, "concepts", ()) else (COND, UNCOND)

@@ -119,19 +119,30 @@ class SourcePass:
         """The encoded conditioning that is evaluated for a branch."""
         if branch in self.entries:
             return self.entries[branch]
-        negative = [c for c in self.guider.conds.get("negative") or [] if everywhere(c, self.setting.size)]
-        if not negative:
+        negative = self._negative()
+        if negative is None and self.guider.conds.get("negative"):
             raise ValueError(
-                "This attention control needs a negative conditioning over the whole picture: use the LEDITS Guider, "
-                "or connect a source prompt to the control."
+                "The negative conditioning is limited to an area, and this attention control reads its attention on the "
+                "whole picture. Use Conditioning (Set Mask) in place of Set Area, or combine it with a negative for the "
+                "whole picture."
             )
-        return plain(negative[0])
+        if negative is None:
+            raise ValueError(
+                "This attention control reads the attention of a negative conditioning, and the guider has none: use the "
+                "LEDITS Guider."
+            )
+        return plain(negative)
+
+    def _negative(self) -> dict | None:
+        """The negative's first entry over the whole picture."""
+        given = self.guider.conds.get("negative") or []
+        return next((c for c in given if everywhere(c, self.setting.size)), None)
 
     def _branches_equal(self):
         """Whether the source prompt is the negative: then one evaluation serves as both."""
         if SOURCE not in self.entries or self.path.overrides:
             return False
-        if not self.guider.conds.get("negative"):
+        if self._negative() is None:
             return False
         return equal_but(*(self.entry(branch)["model_conds"] for branch in (SOURCE, NEGATIVE)))
 

@@ -171,7 +171,8 @@ class TargetPass:
             return call(q, k, v)
         call.check_rows(q, self.batch * len(call.parts))
         fetch = functools.partial(self._fetch, "attn1", layer, q)
-        return attend.self_attention(q, k, v, edits, call.grid, fetch, call)
+        patched = call if call.patched else None
+        return attend.self_attention(q, k, v, edits, call.grid, fetch, call.plain, patched)
 
     def _cross_attention(self, layer: Layer, q, k, v, call: AttentionCall):
         self._seen.add(layer.key)

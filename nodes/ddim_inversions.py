@@ -75,6 +75,7 @@ class DdimPath:
     Attributes:
         inversion: the record so far.
         rows: U-Net rows evaluated so far.
+        note: what is to be known of the record, or "".
 
     Args:
         prompts: (positive, negative) CONDITIONING.
@@ -97,7 +98,7 @@ class DdimPath:
             )
         self.model, self.prompts, self.latent = model, prompts, latent
         self.sigmas, self.samples = noise_levels(model, scheduler, steps, sigmas), picture(model, latent)
-        self.rows, self.inversion = 0, None
+        self.rows, self.inversion, self.note = 0, None, ""
         noted = {"cfg": cfg, "scheduler": scheduler, "convention": convention, "refinements": refinements,
                  "tolerance": tolerance, **({} if solver == "auto" else {"solver": solver}), **(settings or {})}
         inverter = DDIMInverter(
@@ -115,7 +116,7 @@ class DdimPath:
     def then(self, sampler: PhasedSampler, cfg):
         guider = LeditsGuider(self.model, *self.prompts, cfg)
         self.x_T = run(guider, sampler, self.samples, self.sigmas, latent=self.latent)
-        self.rows, self.inversion = self.rows + guider.rows, sampler.inversion
+        self.rows, self.inversion, self.note = self.rows + guider.rows, sampler.inversion, sampler.note
 
     def simulate(self, path):
         """Take the choice of `_path`."""
@@ -124,7 +125,7 @@ class DdimPath:
             self.then(SourceBranch(self.inversion, method=f"{self.inversion.method}, re-simulated"), path["edit_cfg"])
 
     def output(self):
-        return output(self.inversion, self.x_T, self.rows, self.latent)
+        return output(self.inversion, self.x_T, self.rows, self.latent, note=self.note)
 
 
 class DDIMInversion(io.ComfyNode):

@@ -72,7 +72,8 @@ class EditFriendlyInversion(io.ComfyNode):
         )
         guider = LeditsGuider(model, positive, negative, cfg)
         x_T = run(guider, inverter, samples, sigmas, latent=latent, seed=seed)
-        return output(inverter.inversion, x_T, guider.rows, latent, note=feedback.guidance_note(model, positive))
+        note = feedback.notes(feedback.guidance_note(model, positive), inverter.note)
+        return output(inverter.inversion, x_T, guider.rows, latent, note=note)
 
 
 NODES = [EditFriendlyInversion]

@@ -17,6 +17,7 @@ from .drawing.pixels import to_batch, to_image
 from .feedback import show
 
 CARDS = 16  # pictures of a batch that are drawn
+_VAE_SCALES = (8, 16, 32, 64)  # pixels of a latent's place
 ROWS = (  # of the card
     ("structure_distance", "psnr_unedit_part", "lpips_unedit_part", "mse_unedit_part", "ssim_unedit_part"),
     ("clip_similarity_source_image", "clip_similarity_target_image", "clip_similarity_target_image_edit_part",
@@ -118,12 +119,17 @@ class _Place:
 def _matched(source, edited, mask):
     """Source and edit float32 [B, H, W, 3], mask float32 [B, H, W], on the CPU, of one size and number."""
     source, edited = source[..., :3].float().cpu(), edited[..., :3].float().cpu()
-    if source.shape[1:3] != edited.shape[1:3]:
-        (h, w), (eh, ew) = source.shape[1:3], edited.shape[1:3]
-        raise ValueError(f"The source is {w} x {h} and the edit {ew} x {eh} pixels: scale or crop the source to the "
-                         "size that was edited.")
     masks = torch.zeros(source.shape[:3]) if mask is None else mask.float().cpu()
     masks = masks[None] if masks.ndim == 2 else masks
+    if source.shape[1:3] != edited.shape[1:3]:
+        (h, w), (eh, ew) = source.shape[1:3], edited.shape[1:3]
+        if not _cropped_by_a_vae((h, w), (eh, ew)):
+            raise ValueError(f"The source is {w} x {h} and the edit {ew} x {eh} pixels: scale or crop the source to the "
+                             "size that was edited.")
+        top, left = (h - eh) // 2, (w - ew) // 2
+        if masks.shape[1:] == (h, w):
+            masks = masks[:, top : top + eh, left : left + ew]
+        source = source[:, top : top + eh, left : left + ew]
     if masks.shape[1:] != edited.shape[1:3]:
         masks = torch.nn.functional.interpolate(masks[:, None], edited.shape[1:3], mode="nearest-exact")[:, 0]
     n = len(edited)
@@ -131,6 +137,12 @@ def _matched(source, edited, mask):
         if len(batch) not in (1, n):
             raise ValueError(f"There are {len(batch)} {name} for {n} edits: give one for all, or one for each.")
     return source.expand(n, -1, -1, -1), edited, masks.expand(n, -1, -1)
+
+
+def _cropped_by_a_vae(size, edited):
+    """Whether VAE Encode makes a picture of `edited` pixels out of one of `size`: it crops to a multiple of the VAE's scale,
+    in the middle."""
+    return any(all(side // scale * scale == left for side, left in zip(size, edited)) for scale in _VAE_SCALES)
 
 
 def _csv_path(name):

@@ -87,6 +87,11 @@ def guidance_note(model: ModelPatcher, conditioning: list) -> str:
     return "The prompt carries no guidance, so ComfyUI's own is taken: connect FluxGuidance to choose it"
 
 
+def notes(*sentences: str) -> str:
+    """Several notes as one; those that are empty are left out."""
+    return ". ".join(filter(None, sentences))
+
+
 def costs(rows: int, steps: int, *, level: float | None = None, note: str = "", **more):
     """The cost of a node, on the node and for the history of the queue (`NodeOutput.ui`).
 
@@ -99,4 +104,4 @@ def costs(rows: int, steps: int, *, level: float | None = None, note: str = "", 
     """
     begun = "" if level is None else f" from noise level {level:.3g}"
     tell(f"done: {steps} steps{begun}, {rows} network rows" + (f". {note}" if note else ""))
-    return {"ledits": [{"steps": steps, "unet_rows": rows, **more}]}
+    return {"ledits": [{"steps": steps, "unet_rows": rows, **({"note": note} if note else {}), **more}]}

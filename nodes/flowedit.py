@@ -96,7 +96,7 @@ class FlowEditSource(io.ComfyNode):
         )
         guider = LeditsGuider(model, positive, negative, cfg)
         x_T = run(guider, inverter, samples, sigmas, latent=latent, seed=seed, draws=draws)
-        note = _note(model, positive, settings["settings"], published_for, exact)
+        note = feedback.notes(_note(model, positive, settings["settings"], published_for, exact), inverter.note)
         return output(inverter.inversion, x_T, guider.rows, latent, note=note)
 
 

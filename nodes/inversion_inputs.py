@@ -33,8 +33,11 @@ def noise_levels(model: ModelPatcher, scheduler, steps, sigmas=None):
     sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), scheduler, steps)
     try:
         check_sigmas(sigmas, family)
-    except ValueError as error:
-        raise ValueError(f"The scheduler {scheduler} cannot make {steps} steps for this model. {error}") from None
+    except ValueError:
+        raise ValueError(
+            f"The scheduler {scheduler} cannot make {steps} steps for this model: the noise levels that it gives are not "
+            f"finite, or do not fall from step to step. Choose {'more' if steps < 3 else 'fewer'} steps or another scheduler."
+        ) from None
     return sigmas.float().cpu()
 
 

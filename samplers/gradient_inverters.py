@@ -6,11 +6,13 @@ from tqdm.auto import tqdm
 
 from ..attention_hooks.backbones.unet import layout_of
 from ..attention_hooks.blocks import at_quarter_resolution
-from . import attention_taps, models
+from . import attention_taps, models, other_packs
 from .gradients import Predictor
+from .inverters import check_caches
 from .methods import ddim, null_text, style_diffusion
 from .methods.families import Family
 from .methods.record import Inversion, check_latent, check_sigmas
+from .out_of_place import told_in_words
 from .phased import PhasedSampler, Run
 
 
@@ -36,10 +38,14 @@ class _Learner(PhasedSampler):
         family = models.family(model)
         check_sigmas(run.sigmas, family)
         check_latent(run.latent_image)
-        with torch.inference_mode(False), torch.no_grad():
+        check_caches(run.options)
+        in_words = told_in_words("learning", "an inversion without learning (Direct Inversion, for example)")
+        with torch.inference_mode(False), torch.no_grad(), in_words:
             predict = Predictor(run.guider, run.options)
             picture, levels = run.latent_image.clone(), run.sigmas.float().cpu().clone()
             self.prepare(predict, levels, picture)
+            if other_packs.of_predictions(run.options, {}):
+                _try(predict, picture, levels[[steps // 4, -2 if steps > 1 else 0]])
             progress = _Progress(run.callback, self.tell, self.method, [self.most(i) for i in range(steps)])
             latents = self._path(predict, picture, levels, family, models.scaling(model), progress)
             predict.tick = progress.tick
@@ -91,6 +97,33 @@ class _Learner(PhasedSampler):
             learned.append(self.start(predict, latents).float().cpu())
             losses.append(torch.full((latents.shape[1],), torch.nan))
         return torch.stack(learned + learned[-1:] * (steps - len(learned))), torch.stack(losses)
+
+
+def _try(predict: Predictor, y: torch.Tensor, sigmas: torch.Tensor):
+    """A prediction at the first of two levels, one at the second, and the first again, with its gradient: where other
+    packs have something on the model.
+
+    A backward pass evaluates blocks once more, so that a prediction which does not repeat has a wrong gradient.
+
+    Raises:
+        ValueError: what to remove.
+    """
+    words = predict.words("positive", len(y)).clone()
+
+    def guided(sigma):
+        return predict.combine(y, sigma, predict("positive", y, sigma, words), predict("negative", y, sigma))
+
+    first, _, again = (guided(sigma) for sigma in (sigmas[0], sigmas[1], sigmas[0]))
+    if not other_packs.repeats(y, predict.level(y, sigmas[0]), first, again):
+        raise ValueError(f"{other_packs.NOT_REPEATED}. Nothing can be learned from that: remove it for the inversion.")
+    with torch.enable_grad():
+        words.requires_grad_()
+        (gradient,) = torch.autograd.grad(guided(sigmas[0]).sum(), words)
+    if not torch.isfinite(gradient).all():
+        raise ValueError(
+            "The derivative of a patch on the model is NaN or infinite (Deep Shrink with bislerp, for instance), or the model "
+            "overflows in float16. Remove the patch for the inversion, or start ComfyUI with --force-fp32 or --bf16-unet."
+        )
 
 
 class _Progress:
@@ -208,6 +241,11 @@ class StyleDiffusionInverter(_Learner):
             tap.on, tap.maps = True, []
             d, maps = predict("positive", y, sigma), tap.maps
             tap.maps = None
+            if any(len(one) != len(y) for one in maps):
+                raise ValueError(
+                    "A patch on the model changes the number of rows of cross-attention (regional prompts, such as attention "
+                    "couple), whose maps cannot be compared then. Remove it, or set attention_loss to 0."
+                )
             return d, maps
 
         return style_diffusion.learn(

@@ -12,7 +12,6 @@ from collections.abc import Callable
 import comfy.conds
 import comfy.model_management
 import comfy.model_patcher
-import comfy.samplers
 import torch
 import torch.utils.checkpoint
 from comfy.ldm.modules.attention import BasicTransformerBlock, attention_pytorch
@@ -22,6 +21,8 @@ from comfy.patcher_extension import WrappersMP
 from comfy.samplers import CFGGuider
 
 from . import models
+from .guider import guided, predicted
+from .out_of_place import copies_saved, out_of_place
 
 # Memory of a backward pass in terms of the estimate for a prediction with cond and uncond.
 _MEMORY = 4
@@ -159,6 +160,8 @@ class Predictor:
     def __init__(self, guider: CFGGuider, model_options: dict):
         self._guider, self._model = guider, guider.inner_model
         self.options = comfy.model_patcher.create_model_options_clone(model_options)
+        inner = self.options.setdefault("transformer_options", {})
+        inner.update(out_of_place(inner))
         self.conds = {name: [_thawed(c) for c in guider.conds[name]] for name in ("positive", "negative")}
 
     @property
@@ -188,15 +191,16 @@ class Predictor:
             cond = {**cond, "model_conds": encoded}
         self._guider.rows += len(y) * (2 if torch.is_grad_enabled() else 1)
         pair = [[cond], None] if name == "positive" else [None, [cond]]
-        out = comfy.samplers.calc_cond_batch(self._model, pair, y, self.level(y, sigma), self.options)
+        out = predicted(self._model, pair, y, self.level(y, sigma), self.options)
         return out[0] if name == "positive" else out[1]
 
     def combine(self, y: torch.Tensor, sigma, positive: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
-        """Guidance as the run has it: the guider's cfg, or another pack's function in its place."""
-        return comfy.samplers.cfg_function(
-            self._model, positive, negative, self._guider.cfg, y, self.level(y, sigma), self.options,
-            cond=self.conds["positive"], uncond=self.conds["negative"],
-        )
+        """Guidance as the run has it: the guider's cfg, or other packs' functions, which may change what they are given."""
+        with copies_saved():
+            return guided(
+                self._model, [self.conds["positive"], self.conds["negative"]], [positive.clone(), negative.clone()],
+                self._guider.cfg, y.clone(), self.level(y, sigma), self.options,
+            )
 
     @staticmethod
     def level(y: torch.Tensor, sigma) -> torch.Tensor:

@@ -3,9 +3,12 @@
 import math
 
 import comfy.samplers
+import torch
 
 from ..attention_hooks.conditioning import equal_but, in_range
 from ..attention_hooks.edits import BRANCHES_DIFFER
+from ..attention_hooks.target_pass import CondFirst
+from . import other_packs
 from .methods.families import slope
 from .methods.sega import Sega
 from .methods.shapes import append_dims
@@ -23,6 +26,37 @@ def one_serves_both(a: list[dict], b: list[dict]) -> bool:
     )
 
 
+def predicted(model, conds: list, x: torch.Tensor, timestep: torch.Tensor, options: dict) -> list[torch.Tensor]:
+    """Predictions D for each encoded CONDITIONING, as core makes them; None gives zeros.
+
+    Args:
+        model: a running guider's `inner_model`.
+        conds: encoded conditionings (`CFGGuider.conds[...]`).
+        x: [B, C, ...].
+        timestep: noise levels [B].
+        options: `model_options` of the call.
+    """
+    replacement = options.get("sampler_calc_cond_batch_function")
+    if replacement is None:
+        return comfy.samplers.calc_cond_batch(model, conds, x, timestep, options)
+    return list(replacement({"conds": conds, "input": x, "sigma": timestep, "model": model, "model_options": options}))
+
+
+def guided(model, conds: list, pair: list[torch.Tensor], cfg: float, x: torch.Tensor, timestep: torch.Tensor,
+           options: dict) -> torch.Tensor:
+    """Guidance as core makes it, or functions of other packs in its place, which are given what core gives them.
+
+    Args:
+        conds: positive and negative, None where it was not evaluated.
+        pair: their predictions D.
+        model, x, timestep, options: see `predicted`.
+    """
+    for fn in options.get("sampler_pre_cfg_function", []):
+        pair = fn({"conds": conds, "conds_out": pair, "cond_scale": cfg, "timestep": timestep, "input": x,
+                   "sigma": timestep, "model": model, "model_options": options})
+    return comfy.samplers.cfg_function(model, pair[0], pair[1], cfg, x, timestep, options, cond=conds[0], uncond=conds[1])
+
+
 class LeditsGuider(comfy.samplers.CFGGuider):
     """GUIDER of an edit: `D = D_u + cfg * (D_p - D_u) - sigma * gamma`, gamma by SEGA (arXiv 2301.12247).
 
@@ -32,6 +66,10 @@ class LeditsGuider(comfy.samplers.CFGGuider):
     Works with every SAMPLER; warm-up and cool-down count the steps of the schedule that is run. A prediction that
     cannot matter is not made: the positive at cfg 0, the negative at cfg 1, a second one where both are equal, a
     concept while it can have no effect.
+
+    Where other packs have patches on the MODEL, they see the calls of core's guider: positive and negative together,
+    equal or not, and every concept in a call of its own, as the second of a pair without a first (as the negative, from
+    which its difference is taken).
 
     Args:
         model_patcher: MODEL.
@@ -66,7 +104,8 @@ class LeditsGuider(comfy.samplers.CFGGuider):
         options = model_options
         step = self._position(timestep, options) if self.concepts else 0
         wanted = self._sega.needed(step) if self.concepts else []
-        watched = any(options.get(name) for name in _CFG_FUNCTIONS)
+        as_core = other_packs.of_rows(self.model_options)
+        watched = as_core or any(options.get(name) for name in _CFG_FUNCTIONS)
         core_skips_uncond = math.isclose(self.cfg, 1.0) and not options.get("disable_cfg1_optimization", False)
         use_positive = watched or not math.isclose(self.cfg, 0.0)
         use_negative = bool(wanted) or not core_skips_uncond
@@ -75,23 +114,21 @@ class LeditsGuider(comfy.samplers.CFGGuider):
 
         positive, negative = self.conds["positive"], self.conds["negative"]
         conds = [positive if use_positive else None, negative if use_negative and not shared else None]
-        predictions = self._evaluate(conds + [self.conds[f"concept_{i}"] for i in wanted], x, timestep, options)
+        evaluate = self._as_core if as_core and wanted else self._evaluate
+        predictions = evaluate(conds + [self.conds[f"concept_{i}"] for i in wanted], x, timestep, options)
         if shared:
             predictions[1] = predictions[0]
 
         pair, pushed = predictions[:2], predictions[2:]
-        for fn in options.get("sampler_pre_cfg_function", []):
-            pair = fn({"conds": conds, "conds_out": pair, "cond_scale": self.cfg, "timestep": timestep, "input": x,
-                       "sigma": timestep, "model": self.inner_model, "model_options": options})
-        denoised = comfy.samplers.cfg_function(
-            self.inner_model, pair[0], pair[1], self.cfg, x, timestep, options, cond=conds[0], uncond=conds[1]
-        )
+        # functions of other packs may change what they are given
+        negative = predictions[1].clone() if wanted and watched else predictions[1]
+        denoised = guided(self.inner_model, conds, pair, self.cfg, x, timestep, options)
         if not self.concepts:
             return denoised
 
         sigma = append_dims(timestep, x.ndim)
         eps = {i: slope(x, d, sigma) for i, d in zip(wanted, pushed)}
-        gamma = self._sega(step, slope(x, predictions[1], sigma) if wanted else None, eps)
+        gamma = self._sega(step, slope(x, negative, sigma) if wanted else None, eps)
         return denoised if gamma is None else denoised - sigma * gamma
 
     def _one_serves_both(self):
@@ -101,14 +138,23 @@ class LeditsGuider(comfy.samplers.CFGGuider):
             self._compared = (*pair, one_serves_both(*pair))
         return self._compared[2]
 
+    def _as_core(self, conds, x, timestep, options):
+        """As `_evaluate`, in calls of core's own kind.
+
+        Concepts come before the pair, as patches may keep what they saw last for a `sampler_post_cfg_function`
+        (SelfAttentionGuidance). Where attention control reads the positive's maps, the positive comes before all others.
+        """
+        pair, concepts = conds[:2], conds[2:]
+        first = isinstance(options.get("sampler_calc_cond_batch_function"), CondFirst)
+        before = self._evaluate([pair[0], None], x, timestep, options) if first else None
+        pushed = [self._evaluate([None, concept], x, timestep, options)[1] for concept in concepts]
+        out = self._evaluate([None, pair[1]] if first else pair, x, timestep, options)
+        return [before[0] if first else out[0], out[1], *pushed]
+
     def _evaluate(self, conds, x, timestep, options):
         """Predictions D for each CONDITIONING; None gives zeros, as in core."""
         self.rows += x.shape[0] * sum(in_range(c, timestep[0]) for cond in conds if cond is not None for c in cond)
-        replacement = options.get("sampler_calc_cond_batch_function")
-        if replacement is None:
-            return comfy.samplers.calc_cond_batch(self.inner_model, conds, x, timestep, options)
-        return list(replacement({"conds": conds, "input": x, "sigma": timestep, "model": self.inner_model,
-                         "model_options": options}))
+        return predicted(self.inner_model, conds, x, timestep, options)
 
     @staticmethod
     def _position(timestep, options):

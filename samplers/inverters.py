@@ -10,7 +10,7 @@ from comfy.samplers import CFGGuider
 from tqdm.auto import trange
 
 from ..attention_hooks.conditioning import repeats_by_picture
-from . import models
+from . import models, other_packs
 from .methods import edit_friendly
 from .methods.record import Inversion, check_latent, check_sigmas
 from .model_inputs import check_levels_are_one
@@ -23,10 +23,10 @@ _MOST_PICTURES = 16
 class AlongPath(PhasedSampler):
     """Base class: evaluations at the path's levels, shown as they come.
 
-    `sample` returns `x_T`; the whole record is then in `inversion`.
+    `sample` returns `x_T`; the whole record is then in `inversion`, and in `note` what is to be known of it, or "".
     """
 
-    inversion, phase = None, "inverting"
+    inversion, phase, note = None, "inverting", ""
 
     def denoiser(self, run: Run, bar, pictures: int, upwards=False, extra_args: dict | None = None):
         """`(y, sigma, i) -> D` as the functions of `ddim` and `edit_friendly` take it.
@@ -51,6 +51,21 @@ class AlongPath(PhasedSampler):
             return d
 
         return denoise
+
+    def check_repeats(self, run: Run):
+        """Note where a record of residuals will not lead back to the picture, as the model does not repeat itself.
+
+        Asked only where other packs have something on the model: one level once more, when all is done, so that what they
+        remember from step to step is as it will be in the edit.
+        """
+        path = self.inversion
+        if not other_packs.of_predictions(run.options, run.guider.conds):
+            return
+        i = path.steps // 4
+        y = (path.latents[i] if path.shifts is None else path.latents[i] + path.shifts[i]).to(run.device)
+        sigma = path.sigmas[i].to(run.device).repeat(len(y))
+        if not other_packs.repeats(y, sigma, path.denoised(i), run.guider(y, sigma, **run.extra_args)):
+            self.note = f"{other_packs.NOT_REPEATED}, so that edits do not come back to the picture exactly"
 
     def record(self, run: Run, latents: torch.Tensor, rest: torch.Tensor | None, etas: torch.Tensor, method: str):
         scale = models.noise_scale(run.model)
@@ -98,7 +113,9 @@ class EditFriendlyInverter(AlongPath):
         with trange(run.steps, disable=run.quiet) as bar:
             denoise = self.denoiser(run, bar, len(picture))
             rest = edit_friendly.residuals(latents, run.sigmas, self.etas, denoise, chunk, family=family)
-        return self.record(run, latents, rest.cpu(), self.etas, self.method)
+        x_T = self.record(run, latents, rest.cpu(), self.etas, self.method)
+        self.check_repeats(run)
+        return x_T
 
 
 def check_caches(options: dict):

@@ -19,6 +19,7 @@ from einops import rearrange
 from ..attention_hooks.conditioning import in_range
 from .gradients import checkpointed, torch_attention
 from .methods.fit import scaled_gradient
+from .out_of_place import out_of_place, told_in_words
 
 # Gradients are small for a float16 network; powers of two change nothing in float32.
 _LOSS_SCALE = 2.0**7
@@ -88,17 +89,18 @@ class _Derive:
         return out
 
     def _evaluate(self, executor, leaf, dtype, scale, timesteps, args, kwargs):
+        args, kwargs = _copied([timesteps, *args]), _copied(kwargs)
+        # the sixth of UNetModel.forward's arguments (x, timesteps, context, y, control, transformer_options)
+        options = kwargs["transformer_options"] if "transformer_options" in kwargs else args[4]
+        before = {name: options.get(name, {}) for name in ("patches", "patches_replace")}
         self.loss.begin()
         try:
-            out = executor(leaf.to(dtype), *_copied([timesteps, *args]), **{k: _copied(v) for k, v in kwargs.items()})
-            (gradient,) = torch.autograd.grad(self.loss.end() * scale, leaf)
-        except RuntimeError as error:
-            if "Inference tensors cannot be saved" not in str(error):
-                raise
-            raise ValueError(
-                "A patch on the model, of another pack or GLIGEN, cannot be differentiated, which pix2pix-zero needs. "
-                "Remove it, or use another attention control (Prompt-to-Prompt, for example)."
-            ) from error
+            options.update(out_of_place(options))
+            with told_in_words("pix2pix-zero", "another attention control (Prompt-to-Prompt, for example)"):
+                out = executor(leaf.to(dtype), *args, **kwargs)
+                (gradient,) = torch.autograd.grad(self.loss.end() * scale, leaf)
+        finally:
+            options.update(before)
         return out.detach(), gradient
 
 

@@ -69,6 +69,7 @@ class DDIMInverter(AlongPath):
         x_T = self.record(run, latents, None, torch.zeros(run.steps), self.method)
         if self.shift:
             self.inversion = _with_shifts(self.inversion, seen)
+            self.check_repeats(run)
         return x_T
 
 
@@ -164,4 +165,5 @@ class TargetOffset(AlongPath):
             denoise = self.denoiser(run, bar, path.batch)
             rest = edit_friendly.residuals(latents, levels, path.etas, denoise, chunk, family=path.kind)
         self.inversion = replace(path, residuals=rest.cpu(), method=self.method)
+        self.check_repeats(run)
         return latents[0]

@@ -11,7 +11,7 @@ from comfy_extras.nodes_differential_diffusion import DifferentialDiffusion
 from comfy_extras.nodes_easycache import EasyCacheNode
 from comfy_extras.nodes_hypertile import HyperTile
 from comfy_extras.nodes_pag import PerturbedAttentionGuidance
-from support import chain_parts, editing, tiny
+from support import chain_parts, editing, runs, tiny
 from support.chain_parts import CFG, CONTROLS, EDITS, LINKS, ON_TARGET, SIDE, Watch, linked, plain, scene
 
 import nodes
@@ -161,6 +161,46 @@ def test_a_target_in_an_area_alone_is_refused(edit):
         assert not watch.rows
 
 
+def in_an_area(parts, edit, **more):
+    """An edit whose negative is limited to the left half."""
+    negative, = nodes.ConditioningSetArea().append(parts.negative, SIDE * 4, SIDE * 8, 0, 0, 1.0)
+    own = dataclasses.replace(parts, negative=negative)
+    with Watch(own) as watch:
+        return own.edit(edit), watch.rows
+
+
+@pytest.mark.parametrize("edit", CONTROLS)
+def test_a_negative_in_an_area_leaves_the_target_s_edit_as_it_is(edit):
+    """The positive's first prediction is that of an edit with a negative over the whole picture."""
+    parts = scene()
+    found, rows = in_an_area(parts, edit)
+    assert torch.isfinite(found).all() and gap(found, in_an_area(parts, "plain")[0]) > 1e-3
+    assert {x.shape[-1] for _, x, *_ in rows} == {SIDE, SIDE // 2}
+    plainly, words = [], parts.positive[0][0][0]
+    for given in (rows, watched(parts, edit)):
+        first = max(t for t, *_ in given)
+        plainly.append([o for t, x, c, o, _ in given if t == first and torch.equal(c, words)])
+    for a, b in zip(*plainly):
+        assert torch.allclose(a, b, atol=1e-4)
+
+
+def watched(parts, edit):
+    with Watch(parts) as watch:
+        parts.edit(edit)
+    return watch.rows
+
+
+@pytest.mark.parametrize("name", ["masactrl", "pnp"])
+def test_a_control_that_reads_a_negative_in_an_area_is_refused_by_its_name(name):
+    """Without a source prompt the negative serves as the source."""
+    parts = scene()
+    own = dataclasses.replace(chain_parts.attention(name)[0], prompts=None)
+    negative, = nodes.ConditioningSetArea().append(parts.negative, SIDE * 4, SIDE * 8, 0, 0, 1.0)
+    with Watch(parts) as watch, pytest.raises(ValueError, match="negative conditioning is limited to an area.*Set Mask"):
+        runs.edit("sd1", parts.path, pair=(parts.positive, negative), on=parts.model, cfg=CFG, attention=(own,))
+    assert not watch.rows
+
+
 # --- another pack's guidance and tokens -----------------------------------------------------------------------------
 
 @pytest.mark.parametrize("kind", ["sd1", "sdxl"])
@@ -210,6 +250,26 @@ def test_patches_that_tile_the_tokens_are_refused_with_a_sentence(edit):
     model = HyperTile.execute(model=parts.model, tile_size=32, swap_size=1, max_depth=3, scale_depth=False)[0]
     own = dataclasses.replace(parts, model=model)
     with pytest.raises(ValueError, match="HyperTile.*tokens.*[Bb]ypass"):
+        own.edit(edit)
+
+
+def coupled(model):
+    """Attention couple: the words of two regions for every row, mixed afterwards."""
+    own = model.clone()
+    own.set_model_attn2_patch(lambda n, k, v, extra: (n.repeat(2, 1, 1), torch.cat([k, 1.1 * k]), torch.cat([v, 0.9 * v])))
+    own.set_model_attn2_output_patch(lambda out, extra: sum(out.chunk(2)) / 2)
+    return own
+
+
+@pytest.mark.parametrize("edit", ATTENDING)
+def test_regional_prompts_are_refused_as_what_they_are_or_left_to_act(edit):
+    """A patch that changes the number of rows of cross-attention: controls of self-attention alone go with it."""
+    parts = scene()
+    own = dataclasses.replace(parts, model=coupled(parts.model))
+    if edit in ("masactrl", "pnp"):
+        assert gap(own.edit(edit), own.edit("plain")) > 1e-3 and gap(own.edit(edit), parts.edit(edit)) > 1e-3
+        return
+    with pytest.raises(ValueError, match="number of rows.*regional prompts.*[Bb]ypass"):
         own.edit(edit)
 
 

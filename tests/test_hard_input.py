@@ -19,6 +19,8 @@ from comfyui_ledits.nodes import attention_inputs, compare
 from comfyui_ledits.nodes.ddim_inversions import DDIMInversion, DirectInversion, NegativePromptInversion
 from comfyui_ledits.nodes.drawing import text
 from comfyui_ledits.nodes.edit_friendly_inversion import EditFriendlyInversion
+from comfyui_ledits.nodes.inversion_inputs import noise_levels
+from comfyui_ledits.nodes.learned_inversions import NullTextInversion, StyleDiffusionInversion
 from comfyui_ledits.nodes.sampling import LeditsSamplerNode
 from comfyui_ledits.nodes.unpack_pack import PackInversion, UnpackInversion
 from comfyui_ledits.samplers.guider import LeditsGuider
@@ -180,18 +182,34 @@ def test_records_that_do_not_fit_the_model_are_refused_before_it_runs():
 
 
 def test_refusals_say_whose_the_fault_is():
-    said = soon(lambda: runs.invert(EditFriendlyInversion, "flux", steps=1, scheduler="kl_optimal"))
-    assert "kl_optimal" in said and "1 steps" in said
     inversion = runs.invert(EditFriendlyInversion, "sd1", steps=4)[0]
     path, maps, _ = UnpackInversion.execute(inversion=inversion).result
     maps["samples"][0, 0, 0, 0] = math.nan
     assert "node that changed it" in soon(lambda: PackInversion.execute(inversion=inversion, noise_maps=maps))
 
 
+@pytest.mark.parametrize("steps", [1, 2, 999])
+@pytest.mark.parametrize("scheduler", comfy.samplers.SCHEDULER_NAMES)
+@pytest.mark.parametrize("kind", ["sd1", "flux"])
+def test_levels_that_a_scheduler_cannot_make_are_refused_in_its_name(kind, scheduler, steps):
+    try:
+        sigmas = noise_levels(model(kind), scheduler, steps)
+        assert torch.isfinite(sigmas).all() and (sigmas[1:] < sigmas[:-1]).all()
+    except ValueError as error:
+        assert f"{scheduler} cannot make {steps} steps" in str(error) and "SIGMAS" not in str(error)
+        assert ("more steps" in str(error)) == (steps < 3)
+
+
+def test_kl_optimal_cannot_make_one_step():
+    with pytest.raises(ValueError, match="kl_optimal cannot make 1 steps.*Choose more steps or another scheduler"):
+        noise_levels(model("flux"), "kl_optimal", 1)
+
+
 # --- caches -----------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("cache", [EasyCacheNode, LazyCacheNode])
-@pytest.mark.parametrize("node", [DDIMInversion, DirectInversion, EditFriendlyInversion])
+@pytest.mark.parametrize("node", [DDIMInversion, DirectInversion, EditFriendlyInversion, NullTextInversion,
+                                  StyleDiffusionInversion])
 def test_a_cache_on_an_inversion_is_refused_before_the_model_runs(node, cache):
     cached = cache.execute(model=model(), reuse_threshold=0.2, start_percent=0.15, end_percent=0.95, verbose=False)[0]
     with tiny.Calls(model()) as calls:

@@ -2,10 +2,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from comfy.ldm.modules.attention import optimized_attention
+from comfy_extras.nodes_sag import SelfAttentionGuidance
 from comfyui_ledits.attention_hooks.controls.masactrl import MasaCtrl
 from oracles import joint_attention
 from support import editing, tiny
-from support.shapes import Scene, on_every_shape
+from support.shapes import Scene, Shape, on_every_shape
 
 SOURCE, TARGET = "a cat sits on a sofa", "a cat runs on a sofa"
 DECODER = {"sd1": "output.1-", "sdxl": "output.0-"}
@@ -103,6 +105,63 @@ def test_masks_from_the_words_of_the_prompts(shape):
     assert (got - scene.by_paper(paper)).abs().max() < 1e-4
     without, _ = scene.edited(MasaCtrl(prompts=scene.words, **where))
     assert (got - without).abs().max() > 1e-3
+
+
+# --- another pack's patch on its layers -------------------------------------------------------------------------------
+
+class Added(Paper):
+    """The paper's, and 0.3 * q on every self-attention."""
+
+    def self_attention(self, q, k, v, probs, layer):
+        return {n: out + 0.3 * q[n] for n, out in super().self_attention(q, k, v, probs, layer).items()}
+
+
+def adding(kind):
+    """A MODEL with a patch on every self-attention that adds 0.3 * q, as IP-Adapter adds its own."""
+    own = tiny.model(kind)
+
+    def patch(q, k, v, extra):
+        assert q.shape == k.shape == v.shape
+        return optimized_attention(q, k, v, extra["n_heads"], attn_precision=extra["attn_precision"]) + 0.3 * q
+
+    for part, number in (("input", 1), ("input", 2), ("input", 3), ("middle", 0), *(("output", n) for n in range(4))):
+        own.set_model_attn1_replace(patch, part, number)
+    return own
+
+
+@on_every_shape
+@pytest.mark.parametrize("union, masked", [(False, False), (True, False), (False, True)])
+def test_a_patch_on_its_layers_is_kept_and_sees_as_many_keys_as_queries(shape, union, masked):
+    scene, given = Scene(shape, SOURCE, TARGET, make=adding), masks(shape)
+    words = dict(zip(("source_mask", "target_mask"), given)) if masked else {}
+    got, _ = scene.edited(MasaCtrl(prompts=scene.words, window=(0.1, 1), blocks=DECODER[shape.kind], own_keys=union, **words))
+    paper = {"first": first(shape), "union": union, "masks": given if masked else None}
+    assert (got - scene.by_paper(Added(**paper))).abs().max() < 1e-4
+    assert (got - scene.by_paper(Paper(**paper))).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("how", ["plain", "union", "masks", "words"])
+@on_every_shape
+def test_self_attention_guidance_goes_with_it_on_all_blocks(shape, how):
+    """Stock SAG reads the whole self-attention of the negative in the middle block."""
+    more = {"plain": {}, "union": {"own_keys": True}, "masks": dict(zip(("source_mask", "target_mask"), masks(shape))),
+            "words": {"source_words": ("cat",), "target_words": ("cat",), "map_blocks": "@1/2"}}[how]
+    edits = []
+    for scale in (0.0, 0.5):
+        scene = Scene(shape, SOURCE, TARGET, steps=3,
+                      make=lambda kind, scale=scale: SelfAttentionGuidance.execute(tiny.model(kind), scale, 2.0)[0])
+        edits.append(scene.edited(MasaCtrl(prompts=scene.words, window=(0, 1), blocks="all", **more))[0])
+    assert torch.isfinite(edits[1]).all() and (edits[0] - edits[1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("which", ["source_mask", "target_mask"])
+@pytest.mark.parametrize("batch, given", [(3, 2), (1, 2), (2, 3)])
+def test_masks_of_another_number_than_the_pictures_are_refused_before_the_model_runs(batch, given, which):
+    scene = Scene(Shape(batch=batch), SOURCE, TARGET)
+    counts = {name: torch.ones(given if name == which else 1, 128, 128) for name in ("source_mask", "target_mask")}
+    with tiny.Calls(scene.model) as calls, pytest.raises(ValueError, match=f"{which} holds {given} masks.*{batch} picture"):
+        scene.edited(MasaCtrl(prompts=scene.words, blocks="output.1-", **counts))
+    assert not calls.calls
 
 
 def test_without_a_source_prompt_the_negative_serves_and_is_evaluated_once():

@@ -5,7 +5,9 @@ import json
 import math
 import os
 import re
+import types
 
+import comfy.sd
 import folder_paths
 import numpy as np
 import pytest
@@ -62,6 +64,28 @@ def test_one_source_for_many_edits_and_a_mask_of_another_size():
     values, _ = execute(source, source + torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1, 1))
     assert values["mse"] == pytest.approx((0.01 + 0.04 + 0.09) / 3, rel=1e-4)  # no mask: all of it, mean of the batch
     assert math.isnan(values["clip_edited"])
+
+
+@pytest.mark.usefixtures("inference_mode")
+@pytest.mark.parametrize("height, width, scale", [(134, 130, 8), (128, 135, 8), (71, 64, 8), (140, 143, 16), (150, 100, 32)])
+def test_a_source_that_vae_encode_crops_is_cropped_alike(height, width, scale):
+    source = 0.8 * torch.rand(1, height, width, 3, generator=torch.Generator().manual_seed(0))
+    vae = types.SimpleNamespace(crop_input=True, spacial_compression_encode=lambda: scale, output_channels=3,
+                                downscale_ratio=scale)
+    cropped = comfy.sd.VAE.vae_encode_crop_pixels(vae, source)
+    mask = (source[..., 0] > 0.4).float()
+    edited = torch.where(comfy.sd.VAE.vae_encode_crop_pixels(vae, mask[..., None].expand(-1, -1, -1, 3)) > 0, 1.0, cropped)
+    values, _ = execute(source, edited, mask)
+    assert values["mse"] == 0
+    assert execute(source, edited + 0.1, mask)[0]["mse"] == pytest.approx(0.01, rel=1e-3)
+
+
+@pytest.mark.usefixtures("inference_mode")
+@pytest.mark.parametrize("size, edited", [((200, 128), (128, 128)), ((128, 128), (134, 130)), ((130, 128), (125, 128)),
+                                          ((256, 256), (128, 128)), ((140, 140), (136, 128))])
+def test_pictures_of_other_sizes_are_refused(size, edited):
+    with pytest.raises(ValueError, match="scale or crop the source"):
+        execute(torch.zeros(1, *size, 3), torch.zeros(1, *edited, 3))
 
 
 @pytest.mark.usefixtures("inference_mode")

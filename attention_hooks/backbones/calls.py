@@ -77,6 +77,11 @@ class AttentionCall(NetworkCall):
         Raises:
             ValueError: what to do.
         """
+        if len(q) != rows and q.shape[1] == self.tokens:
+            raise ValueError(
+                "A patch on the model changes the number of rows of attention (regional prompts, such as attention couple), "
+                "so that the source's cannot be told from the target's. Bypass it while attention control is connected."
+            )
         if len(q) != rows or q.shape[1] != self.tokens:
             raise ValueError(
                 "A patch on the model (HyperTile or Token Merging, for instance) changes the tokens of self-attention, so "

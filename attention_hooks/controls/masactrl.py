@@ -64,6 +64,13 @@ class MasaCtrlRun(Bound):
     def __init__(self, control, setting):
         self.control, self.steps, self.batch, self.device = control, setting.steps, setting.batch, setting.device
         self.layers = setting.layers(control.blocks)
+        for name in ("source_mask", "target_mask"):
+            mask = getattr(control, name)
+            if mask is not None and len(mask) not in (1, setting.batch):
+                raise ValueError(
+                    f"MasaCtrl's {name} holds {len(mask)} masks, the inversion {setting.batch} "
+                    f"picture{'s' * (setting.batch > 1)}: give one mask for all, or one for each."
+                )
         self.map_layers = frozenset()
         self.reads_words = bool(control.source_words)
         if self.reads_words:

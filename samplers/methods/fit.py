@@ -143,6 +143,7 @@ def scaled_gradient(evaluate: Callable, scale: float):
         if scale <= 1:
             raise ValueError(
                 "The gradient through the model is NaN or infinite. A float16 model that overflows is the usual cause: "
-                "start ComfyUI with --force-fp32 or --bf16-unet."
+                "start ComfyUI with --force-fp32 or --bf16-unet. Another is a patch on the model (Deep Shrink with bislerp, "
+                "for instance): remove it."
             )
         scale = max(scale / 2**7, 1.0)

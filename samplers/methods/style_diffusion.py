@@ -102,7 +102,8 @@ def learn(latents: torch.Tensor, sigmas: torch.Tensor, predict: Callable, look: 
         loss = MSE(x_{i+1}, x*_{i+1}) + attention * sum over layers of MSE(A, A*)
 
     A are the cross-attention maps at this step, A* those of the inversion at the same latent (the first step, which the
-    inversion never evaluated, takes those of the second).
+    inversion never evaluated, takes those of the second). Where a patch on the model changes the grid of the maps between
+    the two levels (Deep Shrink), A* are those of the latent at this step's own level.
 
     Args:
         latents, sigmas: the path, [N + 1, B, C, H, W] and [N + 1].
@@ -129,6 +130,10 @@ def learn(latents: torch.Tensor, sigmas: torch.Tensor, predict: Callable, look: 
 
         def at(learned):
             positive, maps = look(y, sigmas[i], learned)
+            if any(a.shape != b.shape for a, b in zip(maps, wanted)):
+                with torch.no_grad():
+                    wanted[:] = look(latents[i], sigmas[i], None)[1]
+                positive, maps = look(y, sigmas[i], learned)
             apart = sum((a - b).square().flatten(1).mean(1) for a, b in zip(maps, wanted))
             return predict.combine(y, sigmas[i], positive, negative), attention * apart
 
