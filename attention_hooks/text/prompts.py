@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import tokens
-from .align import Alignment, align
+from .align import Alignment, align, kind_of
 from .tokens import Tokens
 
 
@@ -14,7 +14,8 @@ class EditPrompts:
 
     Attributes:
         source, target: CONDITIONING.
-        source_tokens, target_tokens: `tokens.Tokens`, whose positions are those of the CONDITIONING.
+        source_tokens, target_tokens: `tokens.Tokens`, whose positions are the rows of the CONDITIONING (HiDream: and,
+            behind them, those of its `conditioning_llama3`).
         alignment: `align.Alignment`.
     """
 
@@ -29,17 +30,11 @@ def edit_prompts(clip, source, target, mapping="auto"):
     """Encode and align two prompts with a CLIP.
 
     Raises:
-        ValueError: prompts that cannot be aligned, or another kind of text encoder.
+        ValueError: prompts that cannot be aligned, or a text encoder that is not known.
     """
-    before, after = tokens.read(clip, source), tokens.read(clip, target)
-    alignment = align(before, after, mapping)
-    encoded = []
-    for text, its in ((source, before), (target, after)):
-        conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(text))
-        if conditioning[0][0].shape[1] != len(its):
-            raise ValueError(
-                f"The text encoder gives {conditioning[0][0].shape[1]} vectors for the {len(its)} tokens of '{text}': "
-                "its words cannot be told apart."
-            )
-        encoded.append(conditioning)
-    return EditPrompts(source=encoded[0], target=encoded[1], source_tokens=before, target_tokens=after, alignment=alignment)
+    drafts = tokens.draft(clip, source), tokens.draft(clip, target)
+    kind_of(*drafts, mapping)
+    encoded = [clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in (source, target)]
+    before, after = (draft.fit(conditioning) for draft, conditioning in zip(drafts, encoded))
+    return EditPrompts(source=encoded[0], target=encoded[1], source_tokens=before, target_tokens=after,
+                       alignment=align(before, after, mapping))
