@@ -9,7 +9,7 @@ from .encoders import CLIP
 from .words import END, PAD, START, TEMPLATE, WORD
 
 MAPPINGS = ("auto", "replace", "refine")
-MOST = 64_000_000  # pairs of tokens that are compared: 8000 tokens a prompt, a second
+MOST = 64_000_000  # pairs of tokens: 8000 a prompt, aligned in a second, are a matrix of 256 MB
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,10 @@ def align(source, target, mapping="auto"):
     kind = kind_of(source, target, mapping)
     if [part.name for part in source.parts] != [part.name for part in target.parts]:
         raise ValueError("The two prompts are not encoded with the same text encoders: encode both with one CLIP.")
+    if len(source) * len(target) > MOST:
+        raise ValueError(
+            f"The prompts have {len(source)} and {len(target)} tokens: too many to match them. Write shorter prompts."
+        )
     matrix, own = torch.zeros(len(source), len(target)), torch.zeros(len(target))
     for parts in zip(source.parts, target.parts):
         (_replace if kind == "replace" else _refine)(source, target, *parts, matrix, own)
@@ -155,11 +159,6 @@ def _global_align(x, y):
 
     With gaps that cost nothing a row of scores is the running maximum of the ways from the row above.
     """
-    if len(x) * len(y) > MOST:
-        raise ValueError(
-            f"The prompts have {len(x)} and {len(y)} tokens: too many to find what they have in common. Shorten them, or "
-            "use 'replace'."
-        )
     numbers = {}
     x, y = ([numbers.setdefault(one, len(numbers)) for one in sequence] for sequence in (x, y))
     y = np.array(y, dtype=np.int64)

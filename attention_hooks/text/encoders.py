@@ -35,7 +35,7 @@ def tokenizer(clip, key):
     """
     for name in (key, f"clip_{key}", getattr(clip.tokenizer, "clip", None)):
         found = getattr(clip.tokenizer, name, None) if name else None
-        if all(hasattr(found, part) for part in ("tokenizer", "untokenize", "tokenize_with_weights")):
+        if all(hasattr(found, part) for part in ("inv_vocab", "untokenize", "tokenize_with_weights")):
             return found
     raise ValueError(f"The tokenizer of the text encoder '{key}' is not known: its words cannot be told apart.")
 

@@ -74,34 +74,30 @@ def _decode(spelled, origin):
     return out
 
 
-def letters(characters, fold=False):
+def letters(characters, fold=False, joiners=False):
     """(character, places) pairs in the form in which spellings are compared, as `Letter`s.
 
-    The form is NFKC, spaces of all kinds are one; `fold` makes upper case lower.
+    The form is NFKD, where an accent is a letter of its own; spaces of all kinds are one.
+
+    Args:
+        fold: make upper case lower, as CLIP does.
+        joiners: whether characters such as those within an emoji of a family are spaces, as for T5.
     """
-    clusters = []
+    out = []
     for char, places, *optional in characters:
         if char in (UNKNOWN, EMBEDDING):
-            clusters.append([char, places, False])
+            out.append(Letter(char, places))
             continue
         char = char.casefold() if fold else char
-        before = clusters[-1][0] if clusters else UNKNOWN
-        if before not in (UNKNOWN, EMBEDDING) and not char.isascii() and _nfkc(before + char) != _nfkc(before) + _nfkc(char):
-            clusters[-1][0] += char  # an accent, or whatever else joins the letter before it
-            clusters[-1][1] += places
-        else:
-            clusters.append([char, places, bool(optional and optional[0])])
-    out = []
-    for text, places, optional in clusters:
-        if text in (UNKNOWN, EMBEDDING):
-            out.append(Letter(text, places))
-        else:
-            out += [Letter(" " if c.isspace() or c == "\u2581" else c, places, optional) for c in _nfkc(text)]
+        forms = char if char.isascii() else unicodedata.normalize("NFKD", char)
+        out += [Letter(" " if _space(c, joiners) else c, places, *optional) for c in forms]
     return out
 
 
-def _nfkc(text):
-    return text if text.isascii() else unicodedata.normalize("NFKC", text)
+def _space(char, joiners):
+    if char.isspace() or char == "\u2581":
+        return True
+    return joiners and not char.isascii() and unicodedata.category(char) == "Cf"
 
 
 class Followed(NamedTuple):
@@ -127,17 +123,21 @@ def follow(text, pieces):
     rows, spare, i, j = [[] for _ in text], 0, 0, 0
     while j < len(pieces):
         char, its, _ = pieces[j]
-        following = pieces[j + 1].char if j + 1 < len(pieces) else " "
+        following = _char(pieces, j + 1)
         if char is UNKNOWN:
             while i < len(text) and text[i].char == " ":
                 i += 1
             first = i
-            while i < len(text) and text[i].char != " " and (i == first or following not in (UNKNOWN, text[i].char)):
+            while i < len(text) and text[i].char != " ":
+                if i > first and (following is UNKNOWN or _alike(text, i, pieces, j + 1)):
+                    break
                 rows[i] += its
                 i += 1
+            if i == first:
+                return None
             j += 1
             continue
-        here = text[i].char if i < len(text) else " "
+        here = _char(text, i)
         if i < len(text) and here == char:
             rows[i] += its
             i, j = i + 1, j + 1
@@ -146,7 +146,7 @@ def follow(text, pieces):
         elif i < len(text) and (here == " " or text[i].optional or _unwritten(here)):
             i += 1
         elif i < len(text) and not here.isalnum():
-            after = text[i + 1].char if i + 1 < len(text) else " "
+            after = _char(text, i + 1)
             spare += 1
             if char.isalnum() or after == char:  # a sign that is not written
                 i += 1
@@ -163,6 +163,21 @@ def follow(text, pieces):
     return Followed(rows, spare, left)
 
 
+def _char(spelling, at):
+    return spelling[at].char if at < len(spelling) else " "
+
+
+def _alike(text, i, pieces, j):
+    """Whether a letter is the same on both sides, with its accent."""
+    accents = [c if c and _mark(c) else "" for c in (_char(text, i + 1), _char(pieces, j + 1))]
+    return text[i].char == _char(pieces, j) and accents[0] == accents[1]
+
+
+def _mark(char):
+    return char != EMBEDDING and not char.isascii() and unicodedata.category(char)[0] == "M"
+
+
 def _unwritten(char):
     """Controls, joiners and marks, which a tokenizer may leave out."""
     return char < " " or (not char.isascii() and unicodedata.category(char)[0] in "CM")
+

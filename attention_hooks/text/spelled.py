@@ -1,5 +1,6 @@
 """The tokens that one text encoder makes of a prompt, and the words they spell."""
 
+from itertools import product
 from typing import NamedTuple
 
 from .pieces import EMBEDDING, follow, letters, sentencepiece_style, spell
@@ -91,18 +92,20 @@ def _piece(own, token):
 def _read(name, own, tokens, kinds, text, template):
     """How the tokenizer read the text, and {character of it: tokens}: with weights or without, as its pieces have it."""
     pieces = _spelling(own, tokens, kinds)
-    pieces = {fold: letters(pieces, fold) for fold in (False, True)}
+    pieces = {form: letters(pieces, *form) for form in product((False, True), repeat=2)}
     full = len(tokens) >= own.max_length and PAD not in kinds  # what was too long for it may be cut off
     known, best = {}, None
     for weights in (True, False):
         reading = read_text(text.join(template), weights, lambda word: known.setdefault(word, _loads(own, word)))
         if not (reading.plain.startswith(template[0]) and reading.plain.endswith(template[1])):
             continue
-        for fold in (False, True):
-            wanted = letters(_text(reading), fold)
-            found = follow(wanted, pieces[fold])
+        for form, its in pieces.items():
+            wanted = letters(_text(reading), *form)
+            found = follow(wanted, its)
             if found and (full or not found.left) and (best is None or found.spare < best[0]):
                 best = found.spare, reading, wanted, found.rows
+            if best and not best[0]:
+                break
     if best is None:
         raise ValueError(
             f"The tokens of the text encoder '{name}' do not spell the prompt: its template is not known, or its tokenizer "
@@ -125,7 +128,7 @@ def _loads(own, word):
 
 def _spelling(own, tokens, kinds):
     """The text that the tokens spell, as (character, tokens) pairs; a space between what was tokenized on its own."""
-    style = sentencepiece_style(own.tokenizer.get_vocab())
+    style = sentencepiece_style(own.inv_vocab.values())
     groups, last = [], 0
     for row, (token, _, group) in enumerate(tokens):
         if kinds[row] == WORD:
@@ -196,15 +199,13 @@ def _words(reading, rows, kinds, first, end):
     for place, (_, tokens) in found.items():
         for row in tokens:
             owners.setdefault(row, place)
-    place = None
     loose = []
     for row, kind in enumerate(kinds):
         if row in owners:
-            place = owners[row]
-            found[place][1].update(loose)
+            found[owners[row]][1].update(loose)
             loose = []
         elif kind == WORD:
             loose.append(row)
-    if place is not None:
-        found[place][1].update(loose)
+    if found:
+        found[max(found)][1].update(loose)
     return {place: (word, tuple(sorted(tokens))) for place, (word, tokens) in found.items()}

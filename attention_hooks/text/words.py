@@ -1,6 +1,7 @@
 """A prompt's tokens, and the words they spell."""
 
 import re
+import unicodedata
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -74,17 +75,22 @@ class Tokens:
 
 # CLIP's own rule (letters; single digits; runs of other characters), with embeddings kept whole.
 _SPLIT = re.compile(r"embedding:[^\s,]+|'s|'t|'re|'ve|'m|'ll|'d|[^\W\d_]+|\d|(?:[^\w\s]|_)+")
+_COMPOSED = re.compile(r".[\u0300-\u036f\u1ab0-\u1aff\u3099\u309a]*", re.DOTALL)  # a letter and its accents
 
 
 def split(text):
     """A text's words as CLIP splits them, in lower case."""
-    return _SPLIT.findall(text.lower())
+    return _SPLIT.findall(unicodedata.normalize("NFC", text).lower())
 
 
 def spans(text):
     """`split` with places: (word, first character, one past its last) of every word."""
-    places = [i for i, letter in enumerate(text) for _ in letter.lower()]  # a letter may have two in lower case
-    return [(m.group(), places[m.start()], places[m.end() - 1] + 1) for m in _SPLIT.finditer(text.lower())]
+    lower, places = "", []
+    for found in _COMPOSED.finditer(text):
+        letter = unicodedata.normalize("NFC", found.group()).lower()
+        lower += letter
+        places += [found.span()] * len(letter)
+    return [(m.group(), places[m.start()][0], places[m.end() - 1][1]) for m in _SPLIT.finditer(lower)]
 
 
 def _bare(word):
