@@ -12,7 +12,7 @@ import sentencepiece
 import torch
 import transformers
 from comfyui_ledits.attention_hooks.text.align import _global_align, align
-from comfyui_ledits.attention_hooks.text.edit_direction import add_direction, edit_direction
+from comfyui_ledits.attention_hooks.text.edit_direction import add_direction, edit_direction, may_be_cut
 from comfyui_ledits.attention_hooks.text.prompts import edit_prompts
 from comfyui_ledits.attention_hooks.text.tokens import PAD, START, TEMPLATE, WORD, draft, read
 from safetensors.torch import save_file
@@ -350,6 +350,19 @@ def test_a_longer_target_without_padding_keeps_its_own():
     assert out.matrix[len(a) - 1, len(b) - 1] == 1  # </s>
 
 
+@pytest.mark.parametrize("mapping", ["replace", "refine"])
+def test_templates_and_padding_follow_the_source_s(mapping):
+    for kind, target in (("zimage", "a schnauzer sits"), ("flux2", "a elephant sits"), ("klein", "a schnauzer sits")):
+        clip = text_encoders.clip(kind)
+        a, b = read(clip, "a cat sits"), read(clip, target)
+        out = align(a, b, mapping)
+        before, behind = ([i for i, k in enumerate(t.kinds) if k == TEMPLATE] for t in (a, b))
+        assert len(before) == len(behind) and len(a.words[1].positions) < len(b.words[1].positions)
+        assert (out.matrix[before, behind] == 1).all()
+    padding = range(300, 500)
+    assert (out.matrix[padding, padding] == 1).all() if mapping == "refine" else out.matrix[padding].sum(1).eq(1).all()
+
+
 def test_a_word_of_more_tokens_shares_the_attention_in_each_encoder():
     clip = text_encoders.clip("sd3")
     a, b = read(clip, "a cat sits"), read(clip, "a schnauzer sits")
@@ -402,10 +415,17 @@ def test_long_prompts_do_not_take_long_and_endless_ones_are_refused():
         align(long, long)
 
 
-@pytest.mark.parametrize("kind", ["chroma", "qwen"])
-def test_edit_direction_with_sentences_of_unequal_length(kind):
-    clip = text_encoders.clip(kind)
+def test_edit_directions_of_other_encoders_need_as_many_tokens():
+    clip = text_encoders.clip("flux")  # padded
     direction, pooled = edit_direction(clip, ["a cat", "a cat sleeps"], ["a dog on a very long sofa"])
     source = encoded(clip, "a cat and much more")
-    moved = add_direction(source, direction, pooled)
-    assert moved[0][0].shape == source[0][0].shape
+    moved = add_direction(source, direction, pooled, 1.0, may_be_cut(clip))
+    assert torch.allclose(moved[0][0] - source[0][0], direction, atol=1e-5)
+    clip = text_encoders.clip("qwen")
+    with pytest.raises(ValueError, match="7 and 8 vectors"):
+        edit_direction(clip, ["a cat", "a cat sleeps"], ["a dog"])
+    direction, pooled = edit_direction(clip, ["a cat"], ["a dog"])
+    with pytest.raises(ValueError, match="8 and 7 vectors"):
+        add_direction(encoded(clip, "a red cat"), direction, pooled, 1.0, may_be_cut(clip))
+    with pytest.raises(ValueError, match="HiDream"):
+        edit_direction(text_encoders.clip("hidream"), ["a cat"], ["a dog"])

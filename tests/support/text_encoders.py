@@ -139,7 +139,7 @@ def module(name):
 LETTERS = "cat dog sofa Schnauzer un-believable ginger-cat pig's they'll caf\u00e9 na\u00efve \u00dcber garc\u0327on 2024 3.5 12:30 \
 x_y \u201cquoted\u201d \"quoted\" e.g. red, blue; (grey) ... !? -- a I \u00bd \ufb01sh \u00c5ngstr\u00f6m".split()
 CJK = "\u65e5\u672c\u306e\u732b \u732b \uff76\uff9e \ud55c\uad6d\uc5b4 \u0440\u044b\u0436\u0438\u0439 \U0001f431 \U0001f468\u200d\U0001f469\u200d\U0001f467 \
-\u2764\ufe0f \u0928\u092e\u0938\u094d\u0924\u0947 \u0e41\u0e21\u0e27".split()
+\u2764\ufe0f \u0928\u092e\u0938\u094d\u0924\u0947 \u0e41\u0e21\u0e27 \u01b0\u1edbu ti\u1ebfng".split()
 
 
 def random_prompt(number, weights=True):
