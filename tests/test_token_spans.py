@@ -363,6 +363,18 @@ def test_templates_and_padding_follow_the_source_s(mapping):
     assert (out.matrix[padding, padding] == 1).all() if mapping == "refine" else out.matrix[padding].sum(1).eq(1).all()
 
 
+def test_words_that_share_a_token_are_one_unit():
+    clip = text_encoders.clip("qwen")
+    a, b = read(clip, "a ginger-cat"), read(clip, "a ginger-\u732b")
+    (joined,), hyphen, cat = a.find("cat"), b.find("-"), b.find("\u732b")
+    assert a.find("-") == (joined,) and not set(hyphen) & set(cat)
+    out = align(a, b, "replace")
+    after = sorted({*hyphen, *cat})
+    assert out.matrix[joined, after].tolist() == [1 / len(after)] * len(after) and out.matrix[joined].sum() == 1
+    back = align(b, a, "replace")
+    assert back.matrix[after, joined].tolist() == [1] * len(after)
+
+
 def test_a_word_of_more_tokens_shares_the_attention_in_each_encoder():
     clip = text_encoders.clip("sd3")
     a, b = read(clip, "a cat sits"), read(clip, "a schnauzer sits")
