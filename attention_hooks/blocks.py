@@ -95,7 +95,7 @@ _KINDS = {  # kind: (Layout.name, places)
 # tried 44 (output.1), 54 and 64. Plug-and-Play has no published SDXL layers: the same stage of the decoder.
 # Of transformers: the blocks in which words are seen best are from arXiv 2508.07519 (five a model; it counts single blocks
 # after double ones), MasaCtrl's on Flux the vital layers of Stable Flow (arXiv 2411.14430), on SD3.5-medium LayerVerse's.
-# The demo flow model's words are seen best in single.1-2 (measured). For others nothing is published: shares of the depth,
+# The demo flow model's were measured. For others nothing is published: shares of the depth,
 # in which the published lists agree (words in the middle, look late).
 PRESETS = {
     "p2p": {"other": "@<=1/2", "transformer": "all"},
@@ -107,7 +107,8 @@ PRESETS = {
     "masactrl": {
         "SD": "output.6-11", "SDXL": "output.1-5", "other": "output@>=1/2",
         "Flux": "double.0-1, double.17-18, single.6, single.9, single.34-35, single.37",
-        "SD3.5-medium": "double.0-1, double.3-4, double.12, double.14, double.17-23", "transformer": "50%-100%",
+        "SD3.5-medium": "double.0-1, double.3-4, double.12, double.14, double.17-23", "demo": "single.3-5",
+        "transformer": "50%-100%",
     },
     "pnp": {"SD": "output.4-11", "SDXL": "output.1-5", "other": "output.1-", "transformer": "all"},
     "pnp_features": {"SD": "output.4", "SDXL": "output.1", "other": "output.1", "transformer": "none"},

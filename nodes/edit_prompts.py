@@ -19,7 +19,8 @@ class EditPrompts(io.ComfyNode):
             "for attention control.",
             search_aliases=["prompt to prompt", "source prompt", "target prompt", "align prompts"],
             inputs=[
-                io.Clip.Input("clip", tooltip="The CLIP of the checkpoint (SD 1.x, SD 2.x or SDXL)."),
+                io.Clip.Input("clip", tooltip="The model's text encoder: CLIP of SD 1.x, SD 2.x or SDXL, or that of a flow "
+                              "model."),
                 io.String.Input("source", multiline=True, default="", dynamic_prompts=True,
                                 tooltip="What the picture shows, such as 'a cat on a sofa'. The prompt to invert with. "
                                 "Weights (word:1.2) and embeddings work as ever."),

@@ -4,7 +4,7 @@ import comfy.utils
 from comfy_api.latest import io
 
 from ..attention_hooks.controls.pix2pix_zero import Pix2PixZero
-from ..attention_hooks.text.edit_direction import add_direction, edit_direction, sentences
+from ..attention_hooks.text.edit_direction import add_direction, edit_direction, may_be_cut, sentences
 from .attention_inputs import (
     CATEGORY,
     attention_output,
@@ -81,7 +81,7 @@ class EditDirection(io.ComfyNode):
         before, after = sentences(source_sentences), sentences(target_sentences)
         bar = comfy.utils.ProgressBar(len(before) + len(after))
         direction, pooled = edit_direction(clip, before, after, lambda: bar.update(1))
-        return io.NodeOutput(add_direction(conditioning, direction, pooled, strength))
+        return io.NodeOutput(add_direction(conditioning, direction, pooled, strength, may_be_cut(clip)))
 
 
 NODES = [Pix2PixZeroNode, EditDirection]

@@ -6,6 +6,7 @@ LEDITS_DEMO_PICTURES names a smaller number of pictures.
 
 import pytest
 import torch
+from comfyui_ledits.attention_hooks.text.prompts import edit_prompts
 from comfyui_ledits.demo import captions, flow_net, loader, nets
 from comfyui_ledits.nodes.edit_friendly_inversion import EditFriendlyInversion
 from comfyui_ledits.nodes.flowedit import FlowEdit, FlowEditSource
@@ -45,6 +46,11 @@ def test_comfyui_encodes_prompts_as_in_training(nodes):
     assert ours.shape == (len(TEXTS), flow_net.WORDS, nets.CONTEXT)
     torch.testing.assert_close(ours, words, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(more["pooled_output"], pooled, rtol=1e-3, atol=1e-3)
+
+
+def test_words_of_prompts_are_found_without_the_padding_that_is_left_out(nodes):
+    tokens = edit_prompts(nodes.clip, "a red star", "a green star").target_tokens
+    assert len(tokens) == flow_net.WORDS and tokens.find("green") == (2,)
 
 
 def test_a_longer_prompt_keeps_all_its_words(nodes):

@@ -84,7 +84,8 @@ def test_masactrl_moves_an_object_that_stays_the_same(editor):
 
     def masactrl(prompts, task):
         kind = task.scene.things[0].kind
-        return MasaCtrlNode.execute(start_step=0.08, prompts=prompts, source=prompts.source, source_words=kind, target_words=kind)[0]
+        return MasaCtrlNode.execute(
+            start_step=0.3, prompts=prompts, source=prompts.source, source_words=kind, target_words=kind, threshold=0.3)[0]
 
     for name, controls in (("without", None), ("MasaCtrl", masactrl)):
         at_place, look = [], []

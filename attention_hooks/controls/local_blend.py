@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from ..text.align import columns
 
 NAME = "local blend"  # of its masks
-_GRID = 16  # of the paper's maps: the maximum of 3 x 3 places makes a mask little larger there
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,9 +87,6 @@ class BoundBlend:
 
     def _mask(self, maps, size):
         """Mask [B, 1, h, w] from maps [2 (source, target), B, 2 (words, substruct words), h, w]."""
-        if min(maps.shape[-2:]) < _GRID:
-            size_there = [round(side * _GRID / min(maps.shape[-2:])) for side in maps.shape[-2:]]
-            maps = F.interpolate(maps.flatten(0, 1), size_there, mode="bilinear").unflatten(0, maps.shape[:2])
         blend, substruct = maps[:, :, 0], maps[:, :, 1]
         mask = above(F.max_pool2d(blend, 3, 1, 1), self.settings.threshold, size)
         if self.settings.substruct_words:

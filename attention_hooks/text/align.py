@@ -2,11 +2,14 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
-from .tokens import END, PAD, START
+from .encoders import CLIP
+from .words import END, PAD, START, TEMPLATE, WORD
 
 MAPPINGS = ("auto", "replace", "refine")
+MOST = 64_000_000  # pairs of tokens: 8000 a prompt, aligned in a second, are a matrix of 256 MB
 
 
 @dataclass(frozen=True)
@@ -25,14 +28,33 @@ class Alignment:
 
 
 def align(source, target, mapping="auto"):
-    """Alignment of two prompts' `Tokens`.
+    """Alignment of two prompts' `Tokens`, each encoder's part on its own.
 
     Args:
         mapping: "replace" (word by word), "refine" (what both prompts have in common), or "auto": replace where both
             have the same number of words.
 
     Raises:
-        ValueError: "replace" for prompts of different numbers of words.
+        ValueError: "replace" for prompts of different numbers of words; prompts of other encoders, or too long ones.
+    """
+    kind = kind_of(source, target, mapping)
+    if [part.name for part in source.parts] != [part.name for part in target.parts]:
+        raise ValueError("The two prompts are not encoded with the same text encoders: encode both with one CLIP.")
+    if len(source) * len(target) > MOST:
+        raise ValueError(
+            f"The prompts have {len(source)} and {len(target)} tokens: too many to match them. Write shorter prompts."
+        )
+    matrix, own = torch.zeros(len(source), len(target)), torch.zeros(len(target))
+    for parts in zip(source.parts, target.parts):
+        (_replace if kind == "replace" else _refine)(source, target, *parts, matrix, own)
+    return Alignment(kind, matrix, own)
+
+
+def kind_of(source, target, mapping="auto"):
+    """"replace" or "refine", for two prompts' `Tokens` or `encoders.Draft`s.
+
+    Raises:
+        ValueError: as `align`, for the number of words.
     """
     if mapping not in MAPPINGS:
         raise ValueError(f"Unknown mapping '{mapping}': choose one of {', '.join(MAPPINGS)}.")
@@ -43,78 +65,124 @@ def align(source, target, mapping="auto"):
             f"{len(target.words)} (punctuation counts). Use 'refine' or 'auto', or write prompts of the same length: "
             f"'{source.text}' / '{target.text}'."
         )
-    return _replace(source, target) if mapping == "replace" or (mapping == "auto" and same) else _refine(source, target)
+    return "replace" if mapping == "replace" or (mapping == "auto" and same) else "refine"
 
 
-def _replace(source, target):
+def _replace(source, target, a, b, matrix, own):
     """Word by word: the n-th word's tokens share the attention of the n-th source word's.
 
-    Start and end tokens map to each other, the k-th padding token to the k-th, surplus target tokens to the same
-    position. (The released code's mapper shifts everything behind a word whose number of tokens changes.)
+    Start and end tokens map to each other, the k-th padding token to the k-th, a template to itself. (The released code's
+    mapper shifts everything behind a word whose number of tokens changes.) Surplus tokens: CLIP's to the same position, as
+    ever; padding to the padding at the same position of a part of the same length; others keep their own attention.
     """
-    matrix = torch.zeros(len(source), len(target))
-    for a, b in zip(source.words, target.words):
-        if len(a.positions) == len(b.positions):
-            matrix[list(a.positions), list(b.positions)] = 1
-        else:
-            matrix[torch.tensor(a.positions)[:, None], torch.tensor(b.positions)] = 1 / len(b.positions)
-    source_chunks, target_chunks = _specials(source), _specials(target)
+    for before, after in _units(source, target, a, b):
+        if len(before) == len(after):
+            matrix[before, after] = 1
+        elif before and after:
+            matrix[torch.tensor(before)[:, None], torch.tensor(after)] = 1 / len(after)
+    source_chunks, target_chunks = _specials(source, a), _specials(target, b)
     for c, chunk in enumerate(source_chunks):
         like = target_chunks[min(c, len(target_chunks) - 1)]
-        for kind in (START, END):
-            for i, j in zip(chunk[kind], like[kind]):
-                matrix[i, j] = 1
-        for i, j in zip(chunk[PAD], like[PAD]):
+        for kind in (START, END, PAD):
+            pairs = list(zip(chunk[kind], like[kind]))
+            matrix[[i for i, _ in pairs], [j for _, j in pairs]] = 1
+    for i, j in _templates(source, target, a, b):
+        matrix[i, j] = 1
+    size = a.end - a.first
+    free = (~matrix[a.first : a.end, b.first : b.end].any(0)).nonzero().flatten().tolist()
+    for place in free:
+        i, j = a.first + place, b.first + place
+        alike = size == b.end - b.first and source.kinds[i] == target.kinds[j] == PAD
+        if place < size and (a.name == CLIP or alike):
             matrix[i, j] = 1
-    for j in range(min(len(target), len(source))):
-        if not matrix[:, j].any():
-            matrix[j, j] = 1
-    return Alignment("replace", matrix, torch.zeros(len(target)))
+        else:
+            own[j] = 1
 
 
-def _refine(source, target):
+def _units(source, target, a, b):
+    """(source positions, target positions) in one part, of the n-th word of both prompts.
+
+    Words that share a token ("-cat" may be one) are one unit with all their tokens.
+    """
+    units = []
+    for before, after in zip(source.words, target.words):
+        before = {p for p in before.positions if a.first <= p < a.end}
+        after = {p for p in after.positions if b.first <= p < b.end}
+        if units and (units[-1][0] & before or units[-1][1] & after):
+            units[-1][0].update(before)
+            units[-1][1].update(after)
+        else:
+            units.append((before, after))
+    return [(sorted(before), sorted(after)) for before, after in units]
+
+
+def _specials(tokens, part):
+    """Positions of start, end and padding in one part, by chunk."""
+    edges = [edge for edge in tokens.chunks if part.first <= edge <= part.end]
+    return [
+        {kind: [i for i in range(first, last) if tokens.kinds[i] == kind] for kind in (START, END, PAD)}
+        for first, last in zip(edges, edges[1:])
+    ]
+
+
+def _templates(source, target, a, b):
+    """Pairs of the template's tokens: those before the prompt in order, those behind it in order from the end."""
+    before, behind = zip(_template(source, a), _template(target, b))
+    return [*zip(*before), *zip(*(rows[::-1] for rows in behind))]
+
+
+def _template(tokens, part):
+    rows = range(part.first, part.end)
+    first = next((i for i in rows if tokens.kinds[i] == WORD), None)
+    found = [i for i in rows if tokens.kinds[i] == TEMPLATE]
+    return [i for i in found if first is None or i < first], [i for i in found if first is not None and i > first]
+
+
+def _refine(source, target, a, b, matrix, own):
     """Tokens that both prompts have keep the source's attention, new tokens their own.
 
     Global alignment (Needleman and Wunsch) of the tokens, gap 0, match 1, mismatch -1, ties as in the released code;
     padding follows the padding at the same position.
     """
-    matrix, own = torch.zeros(len(source), len(target)), torch.ones(len(target))
-    a = [i for i, kind in enumerate(source.kinds) if kind != PAD]
-    b = [j for j, kind in enumerate(target.kinds) if kind != PAD]
-    pairs = [(a[i], b[j]) for i, j in _global_align([source.ids[i] for i in a], [target.ids[j] for j in b])]
-    pads = [j for j, kind in enumerate(target.kinds) if kind == PAD and j < len(source) and source.kinds[j] == PAD]
-    for i, j in pairs + [(j, j) for j in pads]:
+    own[b.first : b.end] = 1
+    x = [i for i in range(a.first, a.end) if source.kinds[i] != PAD]
+    y = [j for j in range(b.first, b.end) if target.kinds[j] != PAD]
+    pairs = [(x[i], y[j]) for i, j in _global_align([source.ids[i] for i in x], [target.ids[j] for j in y])]
+    both = zip(range(a.first, a.end), range(b.first, b.end))
+    pairs += [(i, j) for i, j in both if source.kinds[i] == target.kinds[j] == PAD]
+    for i, j in pairs:
         matrix[i, j], own[j] = 1, 0
-    return Alignment("refine", matrix, own)
 
 
 def _global_align(x, y):
-    """Pairs (i, j) of equal places of two sequences, in order."""
-    score = [[0] * (len(y) + 1) for _ in range(len(x) + 1)]
-    back = [[0] * (len(y) + 1) for _ in range(len(x) + 1)]
-    for i in range(1, len(x) + 1):
-        for j in range(1, len(y) + 1):
-            ways = score[i][j - 1], score[i - 1][j], score[i - 1][j - 1] + (1 if x[i - 1] == y[j - 1] else -1)
-            score[i][j] = max(ways)
-            back[i][j] = ways.index(score[i][j])
+    """Pairs (i, j) of equal places of two sequences, in order.
+
+    With gaps that cost nothing a row of scores is the running maximum of the ways from the row above.
+    """
+    numbers = {}
+    x, y = ([numbers.setdefault(one, len(numbers)) for one in sequence] for sequence in (x, y))
+    y = np.array(y, dtype=np.int64)
+    above = np.zeros(len(y) + 1, dtype=np.int32)
+    back = np.empty((len(x), len(y)), dtype=np.int8)
+    for i, one in enumerate(x):
+        across = above[:-1] + np.where(y == one, 1, -1).astype(np.int32)
+        row = np.zeros_like(above)
+        np.maximum.accumulate(np.maximum(above[1:], across), out=row[1:])
+        np.maximum(row, 0, out=row)
+        best = row[1:]
+        back[i] = np.where(row[:-1] == best, 0, np.where(above[1:] == best, 1, 2))
+        above = row
     pairs, i, j = [], len(x), len(y)
     while i and j:
-        if back[i][j] == 2:
+        way = back[i - 1, j - 1]
+        if way == 2:
             i, j = i - 1, j - 1
             pairs.append((i, j))
-        elif back[i][j] == 0:
+        elif way == 0:
             j -= 1
         else:
             i -= 1
     return pairs[::-1]
-
-
-def _specials(tokens):
-    """Positions of start, end and padding, by chunk."""
-    return [
-        {kind: [i for i in range(first, last) if tokens.kinds[i] == kind] for kind in (START, END, PAD)}
-        for first, last in zip(tokens.chunks, tokens.chunks[1:])
-    ]
 
 
 def word_schedule(tokens, steps, window, words=()):

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import tokens
-from .align import Alignment, align
+from .align import Alignment, align, kind_of
 from .tokens import Tokens
 
 
@@ -14,7 +14,8 @@ class EditPrompts:
 
     Attributes:
         source, target: CONDITIONING.
-        source_tokens, target_tokens: `tokens.Tokens`, whose positions are those of the CONDITIONING.
+        source_tokens, target_tokens: `tokens.Tokens`, whose positions are the rows of the CONDITIONING (HiDream: and,
+            behind them, those of its `conditioning_llama3`).
         alignment: `align.Alignment`.
     """
 
@@ -29,24 +30,11 @@ def edit_prompts(clip, source, target, mapping="auto"):
     """Encode and align two prompts with a CLIP.
 
     Raises:
-        ValueError: prompts that cannot be aligned, or another kind of text encoder.
+        ValueError: prompts that cannot be aligned, or a text encoder that is not known.
     """
-    (encoded, before), (encoded_after, after) = (_encode(clip, text) for text in (source, target))
-    encoded, alignment = (encoded, encoded_after), align(before, after, mapping)
-    return EditPrompts(source=encoded[0], target=encoded[1], source_tokens=before, target_tokens=after, alignment=alignment)
-
-
-def _encode(clip, text):
-    """CONDITIONING of a prompt, and its `Tokens`; some encoders leave out padding at the end.
-
-    Raises:
-        ValueError: as `edit_prompts`.
-    """
-    its, conditioning = tokens.read(clip, text), clip.encode_from_tokens_scheduled(clip.tokenize(text))
-    rows = conditioning[0][0].shape[1]
-    its = its.without_padding(rows)
-    if rows != len(its):
-        raise ValueError(
-            f"The text encoder gives {rows} vectors for the {len(its)} tokens of '{text}': its words cannot be told apart."
-        )
-    return conditioning, its
+    drafts = tokens.draft(clip, source), tokens.draft(clip, target)
+    kind_of(*drafts, mapping)
+    encoded = [clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in (source, target)]
+    before, after = (draft.fit(conditioning) for draft, conditioning in zip(drafts, encoded))
+    return EditPrompts(source=encoded[0], target=encoded[1], source_tokens=before, target_tokens=after,
+                       alignment=align(before, after, mapping))

@@ -1,113 +1,50 @@
 """A prompt's tokens as ComfyUI makes them, and the words they spell."""
 
 import re
-from dataclasses import dataclass, replace
-from typing import NamedTuple
 
-START, WORD, END, PAD = "start", "word", "end", "pad"
+from .encoders import CLIP, Draft, check_embeddings, same_kinds, spelled_parts
+from .pieces import BYTES
+from .spelled import Spelled, edges
+from .words import END, PAD, START, TEMPLATE, WORD, Part, Tokens, Word, split
 
-
-class Word(NamedTuple):
-    """One word as the tokenizer splits them (punctuation is a word of its own)."""
-
-    text: str
-    positions: tuple[int, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tokens:
-    """The tokens of a prompt, in the order in which cross-attention sees them.
-
-    Attributes:
-        text: the prompt.
-        ids: of every position; integers, or ("embedding:name", n) for the n-th vector of an embedding.
-        kinds: START, WORD, END or PAD of every position.
-        chunks: first position of every chunk of 77, and the total length at the end.
-        words: in the order of the prompt.
-    """
-
-    text: str
-    ids: tuple
-    kinds: tuple[str, ...]
-    chunks: tuple[int, ...]
-    words: tuple[Word, ...]
-
-    def __len__(self):
-        return len(self.ids)
-
-    def without_padding(self, rows):
-        """Without the padding after the first `rows` tokens; as it is where there is more than padding, or nothing."""
-        if rows >= len(self) or len(self.chunks) > 2 or any(kind != PAD for kind in self.kinds[rows:]):
-            return self
-        return replace(self, ids=self.ids[:rows], kinds=self.kinds[:rows], chunks=(0, rows))
-
-    def find(self, phrase):
-        """Positions of all occurrences of a word or phrase, whatever the case and the punctuation.
-
-        Raises:
-            ValueError: it is not in the prompt.
-        """
-        found = self.search(phrase)
-        if not found:
-            raise ValueError(f"The word '{phrase.strip()}' is not in the prompt: '{self.text}'.")
-        return found
-
-    def search(self, phrase):
-        """As `find`, with an empty tuple where there is none."""
-        wanted = split(phrase)
-        plain = [w for w in wanted if _bare(w)]
-        words = [(w.text, w.positions) for w in self.words]
-        if plain:  # punctuation alone can be looked for too
-            wanted = [_bare(w) for w in plain]
-            words = [(_bare(text), positions) for text, positions in words if _bare(text)]
-        out = []
-        for i in range(len(words) - len(wanted) + 1):
-            if wanted and [text for text, _ in words[i : i + len(wanted)]] == wanted:
-                out += [p for _, positions in words[i : i + len(wanted)] for p in positions]
-        return tuple(dict.fromkeys(out))
-
-
-# CLIP's own rule (letters; single digits; runs of other characters), with embeddings kept whole.
-_SPLIT = re.compile(r"embedding:[^\s,]+|'s|'t|'re|'ve|'m|'ll|'d|[^\W\d_]+|\d|(?:[^\w\s]|_)+")
-
-
-def split(text):
-    """A text's words as CLIP splits them, in lower case."""
-    return _SPLIT.findall(text.lower())
-
-
-def _bare(word):
-    return word if word.startswith("embedding:") else re.sub(r"[\W_]+", "", word)
+__all__ = ["END", "PAD", "START", "TEMPLATE", "WORD", "Part", "Tokens", "Word", "draft", "read", "split"]
 
 
 def read(clip, text):
-    """The tokens that a CLIP makes of a prompt.
+    """The tokens that a CLIP makes of a prompt, as `words.Tokens`.
 
     Weights, embeddings and prompts of several chunks are what ComfyUI makes of them. Of SDXL's two encoders one stands
-    for both: cross-attention sees their features side by side at the same positions.
+    for both: attention sees their features side by side at the same positions. Encoders other than CLIP are run, to see
+    which rows they give.
 
     Args:
-        clip: CLIP of SD 1.x, SD 2.x or SDXL.
+        clip: CLIP.
         text: the prompt.
 
     Raises:
-        ValueError: another kind of text encoder, or embeddings of which the two encoders have different lengths.
+        ValueError: an unknown text encoder or template, tokens that do not spell the prompt, rows that do not fit the
+            tokens, or embeddings that do not fit the encoders.
     """
+    its = draft(clip, text)
+    alone = [part.name for part in its.parts] == [CLIP]
+    return its.fit(None if alone else clip.encode_from_tokens_scheduled(clip.tokenize(text)))
+
+
+def draft(clip, text):
+    """A prompt's tokens and words before it is encoded, as `encoders.Draft`; see `read`."""
     encoders = clip.tokenize(text, return_word_ids=True)
-    if not encoders or not set(encoders) <= {"l", "g", "h"}:
-        raise ValueError(
-            "Edit Prompts needs the text encoder of an SD 1.x, SD 2.x or SDXL checkpoint; this CLIP has "
-            f"{', '.join(encoders) or 'none'} (SD3 and Flux use others)."
-        )
+    check_embeddings(clip, encoders)
+    alone = encoders and set(encoders) <= {"l", "g", "h"}
+    return Draft(text=text, parts=(_clip(clip, encoders, text),) if alone else tuple(spelled_parts(clip, encoders, text)))
+
+
+def _clip(clip, encoders, text):
+    """`Spelled` of the encoders of SD 1.x, SD 2.x and SDXL, whose tokens are at the same positions."""
     first, *others = ([[_kind(chunk, i) for i in range(len(chunk))] for chunk in chunks] for chunks in encoders.values())
-    if any(other != first for other in others):
-        raise ValueError(
-            "The two text encoders of this model split the prompt differently: an embedding in it has another number "
-            f"of vectors for each, or belongs to one only. Leave it out of the edited prompts: '{text}'."
-        )
+    same_kinds(text, first, *others)
     chunks = next(iter(encoders.values()))
     names = _embedding_names(clip, text)
-    ids, kinds, starts, words = [], [], [0], []
+    ids, kinds, words = [], [], []
     spelled, groups = ("", []), {}
     segment = None
     for chunk, its_kinds in zip(chunks, first):
@@ -132,9 +69,8 @@ def read(clip, text):
                 if len(members) > 1:
                     words.pop()
                 words.append(Word(f"embedding:{name}", tuple(members)))
-        starts.append(len(ids))
     _close(spelled, words)
-    return Tokens(text=text, ids=tuple(ids), kinds=tuple(kinds), chunks=tuple(starts), words=tuple(words))
+    return Spelled(CLIP, tuple(ids), tuple(kinds), edges(chunks), dict(enumerate(words)))
 
 
 def _kind(chunk, i):
@@ -162,15 +98,5 @@ def _embedding_names(clip, text):
     return [name.lower() for name in names if loads(name)]
 
 
-def _byte_letters():
-    """CLIP's BPE spells bytes with printable letters (OpenAI's byte-level BPE); this maps them back."""
-    kept = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
-    others = [byte for byte in range(256) if byte not in kept]
-    return {chr(b): b for b in kept} | {chr(256 + n): b for n, b in enumerate(others)}
-
-
-_BYTES = _byte_letters()
-
-
 def _letters(spelled):
-    return bytes(_BYTES[c] for c in spelled if c in _BYTES).decode("utf-8", errors="replace").lower()
+    return bytes(BYTES[c] for c in spelled if c in BYTES).decode("utf-8", errors="replace").lower()

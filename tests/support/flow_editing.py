@@ -3,7 +3,7 @@ import comfy.samplers
 import torch
 from comfyui_ledits.attention_hooks.text.align import Alignment
 from comfyui_ledits.attention_hooks.text.prompts import EditPrompts
-from comfyui_ledits.attention_hooks.text.tokens import WORD, Tokens, Word
+from comfyui_ledits.attention_hooks.text.words import WORD, Part, Tokens, Word
 from comfyui_ledits.samplers import models
 from comfyui_ledits.samplers.methods.record import Inversion
 
@@ -17,7 +17,8 @@ def tokens(kind, count):
     """`Tokens` of a prompt with a word at every place."""
     count = 2 * count if kind == "hidream" else count
     words = tuple(Word(word(n), (n,)) for n in range(count))
-    return Tokens(text=" ".join(w.text for w in words), ids=tuple(range(count)), kinds=(WORD,) * count, chunks=(0, count), words=words)
+    return Tokens(text=" ".join(w.text for w in words), ids=tuple(range(count)), kinds=(WORD,) * count, chunks=(0, count),
+                  parts=(Part("all", 0, count),), words=words)
 
 
 def word(n):
