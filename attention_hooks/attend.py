@@ -168,6 +168,25 @@ def maps(q, k, heads):
     return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
 
 
+def shares(q, k, heads, columns, attention):
+    """Cross-attention summed over groups of tokens, mean over heads, [B, queries, G].
+
+    Args:
+        columns: [tokens, G].
+        attention: the model's own, `(q, k, v) -> out`; its values pick what is summed, as many groups at once as a head
+            is wide.
+    """
+
+    def some(columns):
+        empty = q.shape[-1] // heads - columns.shape[1]  # the rest of a head's width
+        values = torch.nn.functional.pad(columns.to(q), (0, empty))
+        values = repeat(values, "tokens width -> b tokens (heads width)", b=len(q), heads=heads)
+        out = rearrange(attention(q, k[:, : len(columns)], values), "b n (heads width) -> b n heads width", heads=heads)
+        return out[..., : columns.shape[1]].mean(2)
+
+    return torch.cat([some(part) for part in columns.split(q.shape[-1] // heads, 1)], -1)
+
+
 def word_maps(q, k, heads, source_columns, target_columns, edit, fetch, attention):
     """Cross-attention summed over groups of tokens, mean over heads, of source and target (the latter as edited).
 
@@ -181,15 +200,7 @@ def word_maps(q, k, heads, source_columns, target_columns, edit, fetch, attentio
     """
 
     def summed(q, k, columns):
-        parts = columns.split(q.shape[-1] // heads, 1)  # as many as a head is wide go into one attention
-        return torch.cat([some(q, k, part) for part in parts], -1)
-
-    def some(q, k, columns):
-        empty = q.shape[-1] // heads - columns.shape[1]  # the rest of a head's width
-        values = torch.nn.functional.pad(columns.to(q), (0, empty))
-        values = repeat(values, "tokens width -> b tokens (heads width)", b=len(q), heads=heads)
-        out = rearrange(attention(q, k[:, : len(columns)], values), "b n (heads width) -> b n heads width", heads=heads)
-        return out[..., : columns.shape[1]].mean(2)
+        return shares(q, k, heads, columns, attention)
 
     source_q, source_k = fetch("q").to(q), fetch("k").to(k)
     source = summed(source_q, source_k, source_columns)

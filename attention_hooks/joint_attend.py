@@ -167,13 +167,13 @@ def word_maps(q, k, v, columns, words: Words | None, positions, fetch, call: Joi
         two of [B, tokens, G].
     """
     source_q, source_k, beside = (fetch(name).to(q) for name in "qkt")
-    first = _picked(source_q, torch.cat([beside, source_k], 1), columns[0], positions[0], call, rows)
+    first = shares(source_q, torch.cat([beside, source_k], 1), columns[0], positions[0], call, rows)
     if words is not None:
         return first, EditedWords(words, call, rows).maps(q, k, v, rows, columns[1].to(q)).mean(2)
-    return first, _picked(q, torch.cat([call.words(rows)[0], k], 1), columns[1], positions[1], call, rows)
+    return first, shares(q, torch.cat([call.words(rows)[0], k], 1), columns[1], positions[1], call, rows)
 
 
-def _picked(q, keys, columns, positions, call, rows):
+def shares(q, keys, columns, positions, call, rows):
     """Shares of the row that fall on groups of words, [B, queries, G]."""
     at, mine = positions[0], positions[0] >= 0
     spread = torch.zeros(keys.shape[1], columns.shape[1], device=q.device, dtype=q.dtype)

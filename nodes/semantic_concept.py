@@ -1,8 +1,10 @@
 """Semantic guidance: what to push towards or away from."""
 
+import torch
 from comfy_api.latest import io
 
-from ..samplers.methods.sega import Concept
+from ..attention_hooks.text import tokens
+from ..samplers.methods.sega import MASKS, Concept
 from . import sockets
 
 CATEGORY = "LEDITS/guidance"
@@ -43,14 +45,22 @@ class SemanticConcept(io.ComfyNode):
                 io.Conditioning.Input("conditioning", optional=True,
                                       tooltip="The concept already encoded; replaces the prompt."),
                 sockets.Concepts.Input("concepts", optional=True, tooltip="Concepts before this one."),
+                io.Combo.Input("masking", options=list(MASKS), default=MASKS[0], optional=True,
+                               tooltip="Where the concept acts. SEGA: the largest values of each channel. noise: the places "
+                               "that it moves most (M2 of LEDITS++). attention: the places that look at its words most "
+                               "(M1). attention and noise: both, as LEDITS++ does. 'threshold' says how much is left alone."),
+                io.Mask.Input("mask", optional=True, tooltip="Where the concept may act at all."),
+                io.Float.Input("start", default=0.0, min=0.0, max=1.0, step=0.01, optional=True, advanced=True,
+                               tooltip="As warmup, as a share of the steps of the edit; the later of the two counts."),
             ],
             outputs=[sockets.Concepts.Output(display_name="concepts", tooltip="All concepts of the chain so far.")],
         )
 
     @classmethod
     def execute(cls, prompt, direction, scale, threshold, warmup, cooldown, momentum_scale, momentum_beta, weight,
-                clip=None, conditioning=None, concepts=None):
-        if conditioning is None:
+                clip=None, conditioning=None, concepts=None, masking=MASKS[0], mask=None, start=0.0):
+        given = conditioning is not None
+        if not given:
             if not prompt.strip():
                 raise ValueError(
                     "The concept is empty: write what to push towards or away from, or connect a conditioning."
@@ -60,6 +70,10 @@ class SemanticConcept(io.ComfyNode):
                     "The concept's words need a CLIP: connect the one your prompts use, or a conditioning."
                 )
             conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
+        reads_attention = Concept(conditioning=None, mask=masking).reads_attention
+        words = _words(None if given else clip, prompt) if reads_attention else None
+        if mask is not None and not torch.isfinite(mask).all():
+            raise ValueError("The concept's mask holds NaN or infinite numbers: look at the node that makes it.")
         concept = Concept(
             conditioning=conditioning,
             direction=1 if direction == "towards" else -1,
@@ -70,8 +84,29 @@ class SemanticConcept(io.ComfyNode):
             momentum_scale=momentum_scale,
             momentum_beta=momentum_beta,
             weight=weight,
+            mask=masking,
+            words=words,
+            area=mask,
+            start=start,
         )
         return io.NodeOutput((*(concepts or ()), concept))
+
+
+def _words(clip, prompt):
+    """1 at the tokens of the words, float32 [tokens].
+
+    Raises:
+        ValueError: there is no CLIP or no word, or a text encoder that is not known.
+    """
+    its = None if clip is None else tokens.read(clip, prompt)
+    if its is None or not its.words:
+        raise ValueError(
+            "A mask from attention needs the concept's words: write the prompt, connect the CLIP and no conditioning, or "
+            "choose 'noise' or 'SEGA'."
+        )
+    out = torch.zeros(len(its))
+    out[[position for word in its.words for position in word.positions]] = 1
+    return out
 
 
 NODES = [SemanticConcept]

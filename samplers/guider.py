@@ -5,6 +5,7 @@ import math
 import comfy.samplers
 import torch
 
+from ..attention_hooks.concept_maps import ConceptMaps
 from ..attention_hooks.conditioning import equal_but, in_range
 from ..attention_hooks.edits import BRANCHES_DIFFER
 from ..attention_hooks.target_pass import CondFirst
@@ -94,7 +95,8 @@ class LeditsGuider(comfy.samplers.CFGGuider):
 
     def sample(self, *args, **kwargs):
         """As `CFGGuider.sample`; `rows` then holds the number of U-Net rows (pictures x predictions) evaluated."""
-        self._sega, self.rows = Sega(self.concepts), 0
+        steps = len(kwargs["sigmas"] if "sigmas" in kwargs else args[3]) - 1
+        self._sega, self.rows = Sega(concept.started(steps) for concept in self.concepts), 0
         try:
             return super().sample(*args, **kwargs)
         finally:
@@ -115,7 +117,10 @@ class LeditsGuider(comfy.samplers.CFGGuider):
         positive, negative = self.conds["positive"], self.conds["negative"]
         conds = [positive if use_positive else None, negative if use_negative and not shared else None]
         evaluate = self._as_core if as_core and wanted else self._evaluate
-        predictions = evaluate(conds + [self.conds[f"concept_{i}"] for i in wanted], x, timestep, options)
+        looks = self._looks(wanted, x)
+        watching = options if looks is None else looks.install(options)
+        predictions = evaluate(conds + [self.conds[f"concept_{i}"] for i in wanted], x, timestep, watching)
+        maps = None if looks is None else looks.maps()
         if shared:
             predictions[1] = predictions[0]
 
@@ -128,8 +133,13 @@ class LeditsGuider(comfy.samplers.CFGGuider):
 
         sigma = append_dims(timestep, x.ndim)
         eps = {i: slope(x, d, sigma) for i, d in zip(wanted, pushed)}
-        gamma = self._sega(step, slope(x, negative, sigma) if wanted else None, eps)
+        gamma = self._sega(step, slope(x, negative, sigma) if wanted else None, eps, maps)
         return denoised if gamma is None else denoised - sigma * gamma
+
+    def _looks(self, wanted, x):
+        """`ConceptMaps` of the concepts whose masks are made of attention, or None."""
+        words = {i: self.concepts[i].words for i in wanted if self.concepts[i].reads_attention}
+        return ConceptMaps(self, words, {i: self.conds[f"concept_{i}"] for i in words}, x) if words else None
 
     def _one_serves_both(self):
         """Compared again only where a sampler has put another conditioning in place (`overrides`)."""
