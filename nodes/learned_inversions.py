@@ -1,10 +1,13 @@
 """Inversion nodes that learn: null-text and StyleDiffusion."""
 
+from dataclasses import replace
+
 from comfy_api.latest import io
 
 from ..samplers import gradients
 from ..samplers.gradient_inverters import NullTextInverter, StyleDiffusionInverter
 from ..samplers.guider import LeditsGuider
+from ..samplers.ode_inverters import SourceBranch
 from .inversion_inputs import (
     CATEGORY,
     guidance_input,
@@ -19,6 +22,7 @@ from .inversion_inputs import (
 )
 
 ON_INTERRUPT = ["discard", "keep the result so far"]
+PATHS = ["inverted", "re-simulated"]
 
 
 def _inputs():
@@ -45,11 +49,17 @@ def _fine_inputs():
     ]
 
 
+def _path_input():
+    return io.Combo.Input("path", options=PATHS, optional=True, advanced=True,
+                          tooltip="What stands for the source during the edit: the inverted path itself, or one sampled "
+                          "from x_T with what was learned (as the papers' code does), for two predictions a step more.")
+
+
 def _outputs():
     return outputs("The path and what was learned, for a LEDITS sampler.")
 
 
-def _inverted(inverter, *, model, positive, negative, latent, cfg, steps, scheduler, sigmas):
+def _inverted(inverter, *, model, positive, negative, latent, cfg, steps, scheduler, sigmas, path):
     """The node's outputs, made with a SAMPLER of `gradient_inverters`."""
     gradients.check(model)
     gradients.check_prompt(positive, "positive")
@@ -59,8 +69,15 @@ def _inverted(inverter, *, model, positive, negative, latent, cfg, steps, schedu
     with gradients.differentiable(model) as differentiable:
         guider = LeditsGuider(differentiable, positive, negative, cfg)
         x_T = run(guider, inverter, samples, sigmas, latent=latent)
-    inversion = inverter.inversion
-    return output(inversion, x_T, guider.rows, latent, loss=inversion.settings.get("loss"))
+    inversion, rows = inverter.inversion, guider.rows
+    if path == PATHS[1]:
+        # the source has the learned values at every step, the edit in the share of tau_v
+        whole = replace(inversion, settings={**inversion.settings, "tau_v": 1.0})
+        branch = SourceBranch(whole, method=f"{inversion.method}, {path}")
+        guider = LeditsGuider(model, positive, negative, cfg)
+        x_T, rows = run(guider, branch, samples, sigmas, latent=latent), rows + guider.rows
+        inversion = replace(branch.inversion, settings=inversion.settings)
+    return output(inversion, x_T, rows, latent, loss=inversion.settings.get("loss"))
 
 
 class NullTextInversion(io.ComfyNode):
@@ -79,13 +96,14 @@ class NullTextInversion(io.ComfyNode):
                              tooltip="Most learning steps for one step of the path. 0 is the plain DDIM path with the "
                              "negative as it is."),
                 *_fine_inputs(),
+                _path_input(),
             ],
             outputs=_outputs(),
         )
 
     @classmethod
     def execute(cls, model, positive, negative, latent, cfg, steps, scheduler, inner_steps, learning_rate, early_stop,
-                on_interrupt, sigmas=None):
+                on_interrupt, sigmas=None, path=PATHS[0]):
         settings = {"scheduler": scheduler, "inner_steps": inner_steps, "learning_rate": learning_rate,
                     "early_stop": early_stop}
         inverter = NullTextInverter(
@@ -96,7 +114,7 @@ class NullTextInversion(io.ComfyNode):
             settings=settings,
         )
         return _inverted(inverter, model=model, positive=positive, negative=negative, latent=latent, cfg=cfg,
-                         steps=steps, scheduler=scheduler, sigmas=sigmas)
+                         steps=steps, scheduler=scheduler, sigmas=sigmas, path=path)
 
 
 class StyleDiffusionInversion(io.ComfyNode):
@@ -124,13 +142,14 @@ class StyleDiffusionInversion(io.ComfyNode):
                                     tooltip="Image encoder for the paper's mapping network. Without it, scale and "
                                     "shift of the prompt are learned directly, which works with every model."),
                 io.Image.Input("image", optional=True, tooltip="The picture itself, for clip_vision."),
+                _path_input(),
             ],
             outputs=_outputs(),
         )
 
     @classmethod
     def execute(cls, model, positive, negative, latent, cfg, steps, scheduler, first_steps, attention_loss, tau_v,
-                learning_rate, early_stop, on_interrupt, sigmas=None, clip_vision=None, image=None):
+                learning_rate, early_stop, on_interrupt, sigmas=None, clip_vision=None, image=None, path=PATHS[0]):
         gradients.check(model)
         settings = {"scheduler": scheduler, "first_steps": first_steps, "attention_loss": attention_loss,
                     "tau_v": tau_v, "learning_rate": learning_rate, "early_stop": early_stop,
@@ -145,7 +164,7 @@ class StyleDiffusionInversion(io.ComfyNode):
             settings=settings,
         )
         return _inverted(inverter, model=model, positive=positive, negative=negative, latent=latent, cfg=cfg,
-                         steps=steps, scheduler=scheduler, sigmas=sigmas)
+                         steps=steps, scheduler=scheduler, sigmas=sigmas, path=path)
 
 
 def _features(clip_vision, image, pictures):

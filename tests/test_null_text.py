@@ -44,6 +44,33 @@ def test_it_learns_what_the_papers_loop_learns(kind, batch):
             assert inversion.settings["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-3)
 
 
+@pytest.mark.parametrize("kind, batch", [("sd1", 2), ("sd2", 1), ("sdxl", 1)])
+def test_the_source_may_be_sampled_anew_with_what_was_learned(kind, batch):
+    """As the papers' code does, by its own loop: the path is then what the learned embeddings lead to."""
+    held, resampled = (invert(kind, batch=batch, steps=3, path=path)[0] for path in ("inverted", "re-simulated"))
+    assert torch.equal(held.overrides["negative"], resampled.overrides["negative"])
+    assert torch.equal(held.latents[0], resampled.latents[0]) and resampled.method == "null-text, re-simulated"
+    assert held.settings == resampled.settings
+    timesteps = diffusion.ddim_uniform(3)
+    with torch.inference_mode(False):
+        network, pair = learning.Network(kind), prompts(kind)
+        vectors = [network.vector(c, tiny.latent(kind, batch)["samples"]) for c in pair]
+        for b in range(batch):
+            x = held.latents[0, b : b + 1].double() * diffusion.abar(timesteps[0]).sqrt()
+            for i, (t, p) in enumerate(zip(timesteps, timesteps[1:])):
+                words = pair[0][0][0].double(), held.overrides["negative"][i, b : b + 1].double()
+                e_c, e_u = (network.as_eps(network.eps(x, t, w, y), x, t) for w, y in zip(words, vectors))
+                x = diffusion.step(x, e_u + CFG * (e_c - e_u), t, p, eta=0.0)[0]
+                found = resampled.latents[i + 1, b : b + 1].double() * diffusion.abar(p).sqrt()
+                assert (found - x).abs().max() < 2e-3
+    assert (held.latents[-1] - resampled.latents[-1]).abs().max() > 1e-2
+
+
+def test_the_rows_of_a_source_that_is_sampled_anew_are_counted():
+    (held,), (resampled,) = (invert(path=path).ui["ledits"] for path in ("inverted", "re-simulated"))
+    assert resampled["unet_rows"] - held["unet_rows"] == 2 * 4
+
+
 def test_gradients_are_those_of_the_network():
     """Of every picture, exactly: no optimiser hides an error of scale."""
     found = {}

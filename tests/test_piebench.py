@@ -165,6 +165,7 @@ def test_settings_are_the_papers():
     assert inputs("direct+p2p", "prompts")["mapping"] == "refine"
     assert inputs("direct+p2p", "edit")["cfg"] == 7.5 and inputs("direct+p2p", "edit")["skip"] == 0
     assert inputs("ddim+p2p", "inversion")["path.edit_cfg"] == 7.5
+    assert {inputs(f"{name}+p2p", "inversion")["path"] for name in ("null-text", "stylediffusion")} == {"re-simulated"}
     assert inputs("edit-friendly+p2p", "edit")["skip"] == 12 and inputs("edit-friendly+ledits", "edit")["skip"] == 18
     assert inputs("direct+masactrl", "inversion")["positive"] == ["empty", 0]
     assert inputs("null-text+masactrl", "inversion")["positive"] == ["source", 0]

@@ -85,7 +85,8 @@ def test_it_goes_with_core_samplers_and_the_model_stays_as_it_was(kind):
     assert torch.equal(sample(model(kind), 7.5), before)
 
 
-@pytest.mark.parametrize(("hold", "eta"), [("picture", None), ("path", None), ("path", 1.0), ("path", 0.5)])
+@pytest.mark.parametrize(("hold", "eta"), [("picture", None), ("path", None), ("path", 1.0), ("path", 0.5),
+                                           (proximal.RELEASED, None)])
 @pytest.mark.parametrize("kind", ["sd1", "sdxl_v"])
 def test_what_is_not_edited_is_held_to_the_source(kind, hold, eta):
     latent = tiny.latent(kind, 2)
@@ -98,6 +99,61 @@ def test_what_is_not_edited_is_held_to_the_source(kind, hold, eta):
     # of the last step's guidance 1 % exceeds the threshold: only there the picture may differ
     assert (held.abs() > 1e-4).float().mean() <= 0.02
     assert (free.abs() > 1e-4).float().mean() > 0.9
+
+
+def released(kind, inversion, cfg, timesteps, strength, radius):
+    """DDIMSchedulerDev.step and the l0 branch of the released code (recon_t 400), on its variance-preserving latents."""
+    target, empty = prompts(kind, TARGET, EMPTY)
+    x = inversion.latents[0].double() * diffusion.abar(timesteps[0]).sqrt()
+    reference = inversion.latents[-1].double()
+    for t, p in zip(timesteps, timesteps[1:]):
+        a, b = diffusion.abar(t), diffusion.abar(p)
+        e_u = diffusion.eps(model(kind), empty, x, t)
+        delta = diffusion.eps(model(kind), target, x, t) - e_u
+        level = delta.abs().flatten(1).quantile(0.5, 1).view(-1, 1, 1, 1)
+        delta = delta - torch.minimum(torch.maximum(delta, -level), level)
+        e = e_u + cfg * delta
+        x0 = (x - (1 - a).sqrt() * e) / a.sqrt()
+        if t < 400:
+            mask = (delta.abs() > level).double()
+            mask = torch.nn.functional.max_pool2d(mask, 2 * radius + 1, stride=1, padding=radius) if radius else mask
+            x0 = x0 - strength * (x0 - reference) * (1 - mask)
+        x = b.sqrt() * x0 + (1 - b).sqrt() * e
+    return tiny.KINDS[kind][0].latent_format().process_out(x / diffusion.abar(timesteps[-1]).sqrt()).float()
+
+
+@pytest.mark.parametrize("strength, radius", [(0.1, 0), (0.1, 1), (0.7, 1)])
+@pytest.mark.parametrize("kind", ["sd1", "sd2"])
+def test_holding_to_the_picture_as_released(kind, strength, radius):
+    """By the LEDITS sampler and by core's, at the same strength as the released code."""
+    latent, timesteps = tiny.latent(kind, 2), diffusion.ddim_uniform(10)
+    inversion = direct(kind, latent)
+    expected = released(kind, inversion, 7.5, timesteps, strength, radius)
+    own = {hold: proximal_model(kind, inversion=inversion, hold=hold, strength=strength, radius=radius)
+           for hold in (proximal.RELEASED, "picture")}
+    close(edit(kind, inversion, on=own[proximal.RELEASED]), expected, rtol=1e-3, atol=2e-3)
+    guider = CFGGuider.execute(model=own[proximal.RELEASED], positive=prompts(kind, TARGET)[0],
+                               negative=prompts(kind, EMPTY)[0], cfg=7.5)[0]
+    start = {"samples": inversion.latent_format.process_out(inversion.latents[0])}
+    close(runs.in_parts(guider, KSamplerSelect.execute("euler")[0], inversion.sigmas, start), expected, rtol=1e-3, atol=2e-3)
+    assert not torch.allclose(edit(kind, inversion, on=own["picture"]), expected, atol=1e-2)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_the_released_hold_moves_the_latent_by_its_strength_whatever_the_noise(eta):
+    """One step of the path, everything held: the next latent moves by strength * (goal - D), in any kind of step."""
+    inversion = runs.invert(EditFriendlyInversion, "sd1", tiny.latent(), eta=eta)[0]
+    i, strength = 6, 0.3
+    sigma, step = float(inversion.sigmas[i]), inversion.step(i)
+    pair = [torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(n)) for n in range(2)]
+    guidance = proximal.Proximal(0.999, "hard", proximal.RELEASED, inversion, strength, start=1e9, radius=0)
+    out = guidance({"conds": [1, 1], "conds_out": pair, "cond_scale": 3.0, "sigma": torch.tensor([sigma]),
+                    "input": inversion.latents[i], "model_options": {}})
+    delta, level = proximal.shrink(pair[0] - pair[1], 0.999, "hard")
+    d, moved = pair[1] + 3.0 * delta, out[1] + 3.0 * (out[0] - out[1])
+    outside = proximal.edited(delta, level, 0) == 0
+    expected = strength * (inversion.goal(sigma) - d)
+    close((step.take * (moved - d))[outside], expected[outside], rtol=1e-3, atol=1e-4)
 
 
 def test_holding_begins_at_start_and_dilation_frees_the_surroundings():

@@ -263,3 +263,13 @@ def test_a_comfyui_from_before_these_nodes_hears_it_too(tmp_path):
 def test_the_registry_is_told_the_same_version():
     line = 'requires-comfyui = ">={}.{}.{}"'.format(*OLDEST_COMFYUI)
     assert line in (dev.ROOT / "pyproject.toml").read_text("utf-8").splitlines()
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if re.match(
+    r"LEDITS_(EditFriendlyInversion|KSampler|SemanticConcept|PromptToPrompt|ProximalGuidance|NullTextInversion|"
+    r"StyleDiffusionInversion|Pix2PixZero|FlowEditSource|FlowEdit|RFInversion)\b", page)])
+def test_help_pages_lead_to_what_differs_from_the_released_code(page):
+    (link,) = re.findall(r"\]\((https://github\.com/[^)]*differences\.md)\)", (DOCS / page).read_text("utf-8"))
+    repository = re.search(r'^Repository = "(.*)"', (dev.ROOT / "pyproject.toml").read_text("utf-8"), re.MULTILINE)[1]
+    assert link.startswith(f"{repository}/blob/")
+    assert (dev.ROOT / link.split("/main/")[1]).is_file()

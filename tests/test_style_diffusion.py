@@ -55,6 +55,27 @@ def test_it_learns_what_the_papers_loop_learns(kind, batch, attention):
             assert inversion.settings["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-3)
 
 
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+def test_the_source_may_be_sampled_anew_with_what_was_learned(kind):
+    """As the papers' code does: with the learned values at every step, whatever tau_v says of the edit."""
+    held, resampled = (invert(kind, tau_v=0.4, path=path)[0] for path in ("inverted", "re-simulated"))
+    assert resampled.settings["tau_v"] == 0.4 and held.settings == resampled.settings
+    value, timesteps = held.overrides["value"].double(), diffusion.ddim_uniform(3)
+    assert torch.equal(value, resampled.overrides["value"].double())
+    with torch.inference_mode(False):
+        network, pair = learning.Network(kind), prompts(kind)
+        vectors = [network.vector(c, tiny.latent(kind)["samples"]) for c in pair]
+        words, null = (c[0][0].double() for c in pair)
+        x = held.latents[0].double() * diffusion.abar(timesteps[0]).sqrt()
+        for i, (t, p) in enumerate(zip(timesteps, timesteps[1:])):
+            own = words * value[i, :, 0] + value[i, :, 1]
+            e_c = network.as_eps(network.eps(x, t, words, vectors[0], own), x, t)
+            e_u = network.as_eps(network.eps(x, t, null, vectors[1]), x, t)
+            x = diffusion.step(x, e_u + CFG * (e_c - e_u), t, p, eta=0.0)[0]
+            assert (resampled.latents[i + 1].double() * diffusion.abar(p).sqrt() - x).abs().max() < 2e-3
+    assert (held.latents[-1] - resampled.latents[-1]).abs().max() > 1e-2
+
+
 def test_more_learning_means_a_smaller_loss_and_a_better_picture_at_the_guidance():
     latent = tiny.latent()["samples"]
 

@@ -11,7 +11,8 @@ from .record import Inversion
 from .shapes import append_dims
 
 KINDS = ("soft", "hard")
-HOLDS = ("nothing", "picture", "path")
+RELEASED = "picture (released)"
+HOLDS = ("nothing", "picture", "path", RELEASED)
 
 
 def shrink(delta: torch.Tensor, quantile: float, kind="soft"):
@@ -46,8 +47,10 @@ class Proximal:
     """A `sampler_pre_cfg_function` that thresholds guidance. At cfg 1 there is none, and nothing is done.
 
     With `hold`, from the noise level `start` on, what lies outside of the edit is drawn to the source: to the
-    "picture" (reconstruction guidance: D moves by `strength` towards `Inversion.goal`) or to the "path" (inversion guidance: the
-    latent that a step of the path's own kind leads to moves by `strength` towards the stored one).
+    "picture" (reconstruction guidance: D moves by `strength` towards `Inversion.goal`), to the "path" (inversion guidance: the
+    latent that a step of the path's own kind leads to moves by `strength` towards the stored one), or to the picture as the
+    released code has it: the x0 of the step moves by `strength`, and its noise stays that of the prediction, which is 1 / take
+    times as far for D.
 
     Args:
         quantile, kind: see `shrink`.
@@ -74,7 +77,8 @@ class Proximal:
         if self.hold != "nothing" and sigma <= self.start:
             d = negative + args["cond_scale"] * delta
             goal = self._goal(args["input"], sigma).to(d)
-            negative = negative + self.strength * (1 - edited(delta, threshold, self.radius)) * (goal - d)
+            moved = self.strength * (1 - edited(delta, threshold, self.radius)) * (goal - d)
+            negative = negative + (moved if self.hold != RELEASED else self._in_d(moved, sigma, args["model_options"]))
         return [negative + delta, negative, *others]
 
     def _goal(self, y: torch.Tensor, sigma: float):
@@ -85,7 +89,7 @@ class Proximal:
                 f"Proximal Guidance holds to an inversion of shape {list(path.latents.shape[1:])}, but the latent that "
                 f"is sampled has {list(y.shape)}: connect the inversion that is edited."
             )
-        if self.hold == "picture":
+        if self.hold in ("picture", RELEASED):
             return path.goal(sigma)
         i = path.step_at(sigma)
         if i is None:
@@ -97,3 +101,16 @@ class Proximal:
         following, rest = path.latents[i + 1].to(y), path.residual(i).to(y)
         y = y if path.shifts is None else y - path.shifts[i].to(y)  # what the model sees is not what the step starts from
         return (following - step.keep * y - rest) / step.take
+
+    def _in_d(self, moved: torch.Tensor, sigma: float, options: dict) -> torch.Tensor:
+        """By how much D moves for the x0 of a step from `sigma` to move by `moved` while its noise stays, [B, C, H, W].
+
+        The next level is the schedule's; stochasticity that of the path's own step, elsewhere none.
+        """
+        path = self.inversion
+        levels = options.get("transformer_options", {}).get("sample_sigmas", path.sigmas)
+        following = max((level for level in levels.tolist() if level < sigma * (1 - 1e-4)), default=0.0)
+        i = path.step_at(sigma)
+        own = i is not None and abs(float(path.sigmas[i + 1]) - following) <= 1e-3 * sigma
+        step = path.kind.step(sigma, following, float(path.etas[i]) if own else 0.0)
+        return path.kind.noisy(moved, following, torch.zeros_like(moved)) / step.take

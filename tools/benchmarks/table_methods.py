@@ -150,10 +150,10 @@ def _inversion(inversion, editor, settings):
     if inversion == "direct":
         return node("LEDITS_DirectInversion", cfg=1.0, ablation="none", **common, **plain)
     if inversion == "null-text":
-        return node("LEDITS_NullTextInversion", inner_steps=10, **common, **learned)
+        return node("LEDITS_NullTextInversion", inner_steps=10, path="re-simulated", **common, **learned)
     if inversion == "stylediffusion":
-        return node("LEDITS_StyleDiffusionInversion", first_steps=100, attention_loss=1.0, tau_v=0.5, **common,
-                    **learned)
+        return node("LEDITS_StyleDiffusionInversion", first_steps=100, attention_loss=1.0, tau_v=0.5, path="re-simulated",
+                    **common, **learned)
     source_cfg = 3.5 if editor == "ledits" else 1.0
     return node("LEDITS_EditFriendlyInversion", cfg=source_cfg, eta=1.0, seed=settings.seed, **common)
 
