@@ -19,6 +19,8 @@ from .attention_inputs import (
     window,
 )
 
+BLENDS = ["blend_words", "auto"]
+
 
 class _PromptToPrompt:
     """Shared by Prompt-to-Prompt and P2Plus: the inputs, and the control that is made of them."""
@@ -60,15 +62,20 @@ class _PromptToPrompt:
             blocks_input("cross_blocks", "all", "Where cross-attention is edited."),
             blocks_input("blend_blocks", "words", "Which layers' maps make the local blend's mask:"),
             chain_input(),
+            io.Combo.Input("local_blend", options=BLENDS, default=BLENDS[0], optional=True,
+                           tooltip="blend_words: the words written there say where the picture may change, none for no "
+                           "blend. auto: the words that source and target do not share."),
         ]
 
     @classmethod
     def execute(cls, prompts, cross_replace_steps, self_replace_steps, uncond_self_replace_steps=0.0, equalizer="",
                 blend_words="", substruct_words="", threshold=0.3, start_blend=0.2, word_steps="",
                 cross_replace_start=0.0, self_replace_start=0.0, self_blocks="p2p", cross_blocks="all",
-                blend_blocks="words", attention=None):
-        blend = None
-        if widget_text.phrases(blend_words):
+                blend_blocks="words", attention=None, local_blend=BLENDS[0]):
+        blend, auto = None, local_blend == BLENDS[1]
+        if auto and widget_text.phrases(blend_words):
+            raise ValueError("local_blend is 'auto', and blend_words are written too: choose 'blend_words' or empty them.")
+        if auto or widget_text.phrases(blend_words):
             blend = LocalBlend(
                 words=widget_text.phrases(blend_words),
                 substruct_words=widget_text.phrases(substruct_words),

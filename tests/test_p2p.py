@@ -139,6 +139,19 @@ def test_local_blend_keeps_the_picture_where_the_words_are_not(shape):
     assert (got - scene.by_paper()).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize(("target", "words"), [("a dog sits on a sofa", ("cat", "dog")), ("a red cat sits on a sofa", ("red",))])
+def test_local_blend_finds_the_words_that_change(target, words):
+    """As if they were written."""
+    model = tiny.model()
+    path, both = editing.path(model, 4), editing.prompts("sd1", "a cat sits on a sofa", target)
+    out = [editing.run(model, path, both.target, editing.negative("sd1"), 7.5, [
+        PromptToPrompt(prompts=both, blend=LocalBlend(words=given, blocks="@1/2", threshold=0.9))])[0] for given in (words, ())]
+    assert torch.equal(*out)
+    same = editing.prompts("sd1", target, target)
+    with pytest.raises(ValueError, match="have the same words"):
+        PromptToPrompt(prompts=same, blend=LocalBlend()).check()
+
+
 @pytest.mark.parametrize("apart", [False, True])
 def test_a_longer_negative_in_the_same_call(apart):
     """ComfyUI repeats the shorter prompt: every copy of a token has its share of the attention."""

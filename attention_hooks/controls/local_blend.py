@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from ..text.align import columns
+from ..text.align import changed, columns
 
 NAME = "local blend"  # of its masks
 
@@ -15,14 +15,14 @@ class LocalBlend:
     """Settings of the mask.
 
     Attributes:
-        words: phrases whose place may change, in either prompt.
+        words: phrases whose place may change, in either prompt; empty for the words that the two prompts do not share.
         substruct_words: phrases whose place may not.
         threshold, substruct_threshold: share of the map's maximum above which a place belongs to a word.
         start: fraction of the steps after which the mask is applied.
         blocks: selection of the cross-attention layers that give the maps.
     """
 
-    words: tuple
+    words: tuple = ()
     substruct_words: tuple = ()
     threshold: float = 0.3
     substruct_threshold: float = 0.3
@@ -35,6 +35,11 @@ class LocalBlend:
         Raises:
             ValueError: names it.
         """
+        if not self.words and not any(changed(prompts.source_tokens, prompts.target_tokens)):
+            raise ValueError(
+                "Local blend is to find the words that change, but source and target prompt have the same words: change the "
+                "target in Edit Prompts, or write blend_words."
+            )
         for phrase in (*self.words, *self.substruct_words):
             if not prompts.source_tokens.search(phrase):
                 prompts.target_tokens.find(phrase)
@@ -56,9 +61,13 @@ class BoundBlend:
         self.settings, self.size, self.mask = settings, setting.size, None
         self.start = int(setting.steps * settings.start + 1e-9)
         self.layers = setting.layers(settings.blocks)
+        both = prompts.source_tokens, prompts.target_tokens
+        words = [columns(tokens, settings.words) for tokens in both]
+        if not settings.words:
+            for column, positions in zip(words, changed(*both)):
+                column[list(positions)] = 1
         self.columns = tuple(
-            torch.stack([columns(tokens, phrases) for phrases in (settings.words, settings.substruct_words)], dim=1)
-            for tokens in (prompts.source_tokens, prompts.target_tokens)
+            torch.stack([column, columns(tokens, settings.substruct_words)], dim=1) for column, tokens in zip(words, both)
         )
         self._sums, self._step, self.masks = {}, {}, {}
 

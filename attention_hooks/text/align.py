@@ -231,3 +231,16 @@ def columns(tokens, phrases):
     for phrase in phrases:
         out[list(tokens.search(phrase))] = 1
     return out
+
+
+def changed(source, target):
+    """Positions of the words that the two prompts do not share, in order: (source's, target's).
+
+    Words are compared as they are written; a word that has moved has changed.
+    """
+    pairs = _global_align([w.text for w in source.words], [w.text for w in target.words])
+    kept = {i for i, _ in pairs}, {j for _, j in pairs}
+    return tuple(
+        tuple(p for n, word in enumerate(tokens.words) if n not in same for p in word.positions)
+        for tokens, same in zip((source, target), kept)
+    )
