@@ -33,8 +33,11 @@ class Parts:
         return {k: v for k, v in self.header.items() if k != "__metadata__"}
 
     def signed(self):
-        """With the checksum of the data as they are."""
-        digest = hashlib.sha256()
+        """With the checksum of the data as they are, and of the words unless the file is of version 1."""
+        digest, words = hashlib.sha256(), self.header["__metadata__"]
+        if words.get("version") != "1":
+            for key in sorted(words.keys() - {"sha256"}):
+                digest.update(f"[{json.dumps(key)}, {json.dumps(words[key])}]\n".encode())
         for name, item in sorted(self.tensors.items()):
             digest.update(f"{name} {item['dtype']} {item['shape']}\n".encode())
             digest.update(self.data[slice(*item["data_offsets"])])
