@@ -146,17 +146,46 @@ def test_settings_that_the_next_node_would_fall_over_are_refused(tmp_path, setti
     assert "cannot be loaded" in soon(lambda: inversion_file.load(tmp_path / "x.safetensors", latent_formats.make))
 
 
-def test_records_that_do_not_fit_the_model_are_refused_before_it_runs():
-    path = runs.invert(NegativePromptInversion, "sd1", steps=4)[0]
-    wrong = {
-        "damaged": dataclasses.replace(path, latents=path.latents.repeat(1, 1, 4, 1, 1)),
-        "another text encoder": dataclasses.replace(path, overrides={"negative": torch.randn(1, 1, 77, 5)}),
-        "prescribes values for 2 steps": dataclasses.replace(path, overrides={"value": torch.randn(2, 1, 2, 77, tiny.CONTEXT)}),
-    }
-    for words, inversion in wrong.items():
-        with tiny.Calls(model()) as calls:
-            assert words in soon(lambda inversion=inversion: edit("sd1", inversion, cfg=2.0))
-        assert not calls.calls
+def damaged(kind, **overrides):
+    path = runs.invert(NegativePromptInversion, kind, steps=4, scheduler="simple")[0]
+    return dataclasses.replace(path, overrides={**path.overrides, **overrides})
+
+
+WRONG = {  # words of the refusal: (kind of model, overrides)
+    "words of width 5, this model's have 32": ("sd1", {"negative": torch.ones(1, 1, 77, 5)}),
+    "pooled words of width 5, this model's have 24": ("sdxl", {"negative_pooled": torch.ones(1, 5)}),
+    "pooled words of width 6": ("flux", {"negative_pooled": torch.ones(1, 6)}),
+    "layers x width of words 2 x 5": ("hidream", {"negative.conditioning_llama3": torch.ones(1, 2, 12, 5)}),
+    "layers x width of words 1 x 32": ("hidream", {"negative.conditioning_llama3": torch.ones(1, 1, 12, 32)}),
+    "12 words and a mask of 7": ("qwen", {"negative.attention_mask": torch.ones(1, 7)}),
+    "values for 2 steps": ("sd1", {"value": torch.ones(2, 1, 2, 77, tiny.CONTEXT)}),
+    "values of width 9": ("sd1", {"value": torch.ones(4, 1, 2, 77, 9)}),
+    "which only U-Nets have": ("flux", {"value": torch.ones(4, 1, 2, 12, 32)}),
+    "other words at every step": ("flux", {"negative": torch.ones(4, 1, 12, 32)}),
+}
+
+
+@pytest.mark.parametrize("words", WRONG)
+def test_embeddings_that_do_not_fit_the_model_are_refused_before_it_runs(words):
+    kind, overrides = WRONG[words]
+    path = damaged(kind, **overrides)
+    network, calls = model(kind).model.diffusion_model, []
+    handle = network.register_forward_pre_hook(lambda *_: calls.append(1))
+    try:
+        assert words in soon(lambda: edit(kind, path, cfg=2.0))
+        assert not calls
+        edit(kind, damaged(kind), cfg=2.0)
+        assert calls
+    finally:
+        handle.remove()
+
+
+def test_latents_of_another_number_of_channels_are_refused_before_the_model_runs():
+    path = runs.invert(EditFriendlyInversion, "sd1", steps=4)[0]
+    path = dataclasses.replace(path, residuals=path.residuals.repeat(1, 1, 4, 1, 1), latents=path.latents.repeat(1, 1, 4, 1, 1))
+    with tiny.Calls(model()) as calls:
+        assert "16 channels in 2 dimensions, this model of 4" in soon(lambda: edit("sd1", path, cfg=2.0))
+    assert not calls.calls
 
 
 def test_refusals_say_whose_the_fault_is():
