@@ -14,6 +14,7 @@ from einops import repeat
 from ..evaluation import metrics, networks, table
 from ..files import csv_file
 from ..files.places import inside, not_written, relative
+from .choices import known
 from .drawing.card import Card
 from .drawing.pixels import to_batch, to_image
 from .feedback import show
@@ -81,6 +82,7 @@ class EditMetrics(io.ComfyNode):
 
     @classmethod
     def execute(cls, source, edited, mode, source_prompt, target_prompt, mask=None, jpeg=False, csv="", label=""):
+        known(cls, mode=mode)
         sources, edits, masks = _matched(source, edited, mask)
         prompts = {"source_prompt": source_prompt, "target_prompt": target_prompt}
         note = {"label": label, "mode": mode, "jpeg": jpeg, **prompts}

@@ -9,6 +9,7 @@ from comfy_api.latest import io, ui
 from ..files import inversion_file, latent_formats
 from ..files.places import in_words, list_files, new_file, not_written, path_of
 from . import sockets
+from .choices import known
 from .feedback import show
 from .file_picker import FileLoader
 from .inversion_inputs import CATEGORY, PathNoise, latent_size, noise_output
@@ -46,6 +47,7 @@ class SaveInversion(io.ComfyNode):
 
     @classmethod
     def execute(cls, inversion, filename_prefix, dtype, source_prompt=""):
+        known(cls, dtype=dtype)
         if source_prompt.strip():
             inversion = replace(inversion, settings=inversion.settings | {"source_prompt": source_prompt})
         description = latent_formats.describe(inversion.latent_format)

@@ -5,6 +5,7 @@ from comfy_api.latest import io
 from ..samplers import gradients
 from ..samplers.gradient_inverters import NullTextInverter, StyleDiffusionInverter
 from ..samplers.guider import LeditsGuider
+from .choices import known
 from .inversion_inputs import (
     CATEGORY,
     guidance_input,
@@ -86,6 +87,7 @@ class NullTextInversion(io.ComfyNode):
     @classmethod
     def execute(cls, model, positive, negative, latent, cfg, steps, scheduler, inner_steps, learning_rate, early_stop,
                 on_interrupt, sigmas=None):
+        known(cls, scheduler=scheduler, on_interrupt=on_interrupt)
         settings = {"scheduler": scheduler, "inner_steps": inner_steps, "learning_rate": learning_rate,
                     "early_stop": early_stop}
         inverter = NullTextInverter(
@@ -131,6 +133,7 @@ class StyleDiffusionInversion(io.ComfyNode):
     @classmethod
     def execute(cls, model, positive, negative, latent, cfg, steps, scheduler, first_steps, attention_loss, tau_v,
                 learning_rate, early_stop, on_interrupt, sigmas=None, clip_vision=None, image=None):
+        known(cls, scheduler=scheduler, on_interrupt=on_interrupt)
         gradients.check(model)
         settings = {"scheduler": scheduler, "first_steps": first_steps, "attention_loss": attention_loss,
                     "tau_v": tau_v, "learning_rate": learning_rate, "early_stop": early_stop,

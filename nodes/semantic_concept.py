@@ -4,6 +4,7 @@ from comfy_api.latest import io
 
 from ..samplers.methods.sega import Concept
 from . import sockets
+from .choices import known
 
 CATEGORY = "LEDITS/guidance"
 
@@ -50,6 +51,7 @@ class SemanticConcept(io.ComfyNode):
     @classmethod
     def execute(cls, prompt, direction, scale, threshold, warmup, cooldown, momentum_scale, momentum_beta, weight,
                 clip=None, conditioning=None, concepts=None):
+        known(cls, direction=direction)
         if conditioning is None:
             if not prompt.strip():
                 raise ValueError(

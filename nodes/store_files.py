@@ -12,6 +12,7 @@ from ..files import store_file
 from ..files.places import in_words, list_files, new_file, not_written, path_of
 from . import sockets
 from .attention_inputs import CATEGORY
+from .choices import known
 from .feedback import show
 from .file_picker import FileLoader
 
@@ -45,6 +46,7 @@ class SaveAttentionStore(io.ComfyNode):
 
     @classmethod
     def execute(cls, store, filename_prefix, dtype=DTYPES[0]):
+        known(cls, dtype=dtype)
         half = dtype == "float16"
         try:
             with new_file(filename_prefix, store_file.KIND.suffix) as (path, name, subfolder):
