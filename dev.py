@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 
-from tools.server import free_port, run_inside, start_server, tail
+from tools.server import free_port, port_asked_for, run_inside, start_server, tail
 from tools.setup import (  # noqa: F401  # tests reach some of these through this file
     COMFYUI_SOURCES,
     COMFYUI_VERSION,
@@ -74,10 +74,8 @@ def test(arguments):
 def serve(arguments):
     """start ComfyUI with the pack to click in; more arguments go to ComfyUI"""
     home = set_up()
-    asked = re.search(r"--port[= ](\d+)", " ".join(arguments))
-    port = free_port(int(asked[1]) if asked else 8188)
-    if asked and port != int(asked[1]):
-        raise Stop(f"Port {asked[1]} is taken by another program: choose another one, or leave --port out.")
+    asked = re.findall(r"--port[= ](\S+)", " ".join(arguments))
+    port = port_asked_for(asked[-1]) if asked else free_port(8188)
     say("Starting ComfyUI ...")
     with start_server(home, *arguments, port=port) as (url, process):
         say(f"\nComfyUI is running: open {url} in a browser. Ctrl-C stops it.\n")
@@ -141,15 +139,33 @@ def main(arguments):
         print("\nStopped; the same command starts again.", file=sys.stderr)
         return 130
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        problem = str(disk_full()) if full else f"A file could not be used: {error}."
+        problem = f"A file could not be used: {error}."
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            problem = str(disk_full())
+        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            problem = (f"{error.filename or ROOT} cannot be used ({error.strerror}): dev.py writes into {ROOT}, so copy this "
+                       "folder to where you may write, or give yourself the right to.")
     print(f"dev.py: {problem}", file=sys.stderr)
     return 1
+
+
+def leave_when_asked():
+    """A stopped CI job sends SIGTERM, a terminal that is closed SIGHUP: leave through the same doors as Ctrl-C, so that no
+    server stays behind. (nohup has SIGHUP ignored, which stays so.)"""
+    asked = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    asked = [number for number in asked if signal.getsignal(number) is not signal.SIG_IGN]
+
+    def leave(number, _):
+        for each in asked:
+            signal.signal(each, signal.SIG_IGN)  # a second one must not stop the tidying up
+        sys.exit(128 + number)
+
+    for number in asked:
+        signal.signal(number, leave)
 
 
 if __name__ == "__main__":
     if hasattr(sys.stdout, "reconfigure"):  # pip's lines may hold what the terminal's encoding lacks
         sys.stdout.reconfigure(errors="replace")
-    # A stopped CI job sends SIGTERM: leave through the same doors as Ctrl-C, so that no server stays behind.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    leave_when_asked()
     sys.exit(main(sys.argv[1:]))

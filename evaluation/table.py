@@ -1,6 +1,5 @@
-"""Values of `metrics.Metrics` as text, and as rows of a CSV file."""
+"""Values of `metrics.Metrics` as text, and their means."""
 
-import csv
 import math
 
 from .metrics import METRICS
@@ -51,32 +50,3 @@ def mean_of(values) -> float:
     """Mean of the numbers that are not nan, as the published evaluation takes it; nan where all are."""
     counted = [value for value in values if not math.isnan(value)]
     return sum(counted) / len(counted) if counted else math.nan
-
-
-def check_csv(path, columns):
-    """Refuse a file that rows of these columns do not fit into.
-
-    Raises:
-        ValueError: the file is there with other columns.
-    """
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            header = next(csv.reader(file), None)
-    except FileNotFoundError:
-        return
-    except (csv.Error, UnicodeDecodeError):
-        header = []
-    if header is not None and header != list(columns):
-        raise ValueError("The CSV file has other columns than these metrics: choose another name, or move it away.")
-
-
-def append(path, rows):
-    """Add rows (dicts of the same keys) to a CSV file, with a header if it is new. None is an empty cell."""
-    columns = list(rows[0])
-    check_csv(path, columns)
-    with open(path, "a", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        if file.tell() == 0:
-            writer.writerow(columns)
-        for row in rows:
-            writer.writerow(["" if value is None else value for value in row.values()])

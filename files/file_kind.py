@@ -1,12 +1,9 @@
 """The pack's own kinds of files: a name and a version in the header, and errors as whole sentences."""
 
 import contextlib
-import errno
 import os
 import re
 from dataclasses import dataclass
-
-from safetensors import SafetensorError
 
 from .tensor_file import HEADER_LIMIT, TENSOR_LIMIT, TensorFile
 
@@ -52,7 +49,7 @@ class FileKind:
         try:
             with self.open(path) as file:
                 return file.metadata.get("format") == self.format
-        except ValueError:
+        except (ValueError, OSError):
             return False
 
     def check_version(self, metadata: dict[str, str]):
@@ -78,30 +75,7 @@ class FileKind:
             yield
         except NewerVersion as newer:
             raise ValueError(str(newer)) from None
-        except ValueError as why:
+        except (ValueError, OSError) as error:
             name = os.path.basename(path)
-            raise ValueError(
-                f"'{name}' cannot be loaded as an {self.what}: {str(why).rstrip('.')}. {self.advice}"
-            ) from None
-
-
-@contextlib.contextmanager
-def whole(path):
-    """Yields the path of a file to write, which takes the place of `path` at the end: complete, or not at all.
-
-    Raises:
-        OSError: it cannot be written, also where safetensors says so in an error of its own.
-    """
-    part = f"{path}.part"
-    try:
-        with open(part, "w"):
-            mode = os.stat(part).st_mode  # of a file that the user makes; safetensors' own are his alone
-        yield part
-        os.chmod(part, mode)
-        os.replace(part, path)
-    except SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))
-        raise OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(errno.EIO, str(error)) from None
-    finally:
-        if os.path.exists(part):
-            os.remove(part)
+            why = str(error) if isinstance(error, ValueError) else f"it cannot be read ({error.strerror or error})"
+            raise ValueError(f"'{name}' cannot be loaded as an {self.what}: {why.rstrip('.')}. {self.advice}") from None

@@ -4,14 +4,14 @@
                latent_format, settings, rounding: JSON
                source_prompt: where it is known
                source_sha256: of the encoded picture `latents[-1]` in float32
-               sha256: of all tensors as they are stored, in the order of their names
+               sha256: of all other metadata and all tensors as they are stored, in the order of their names
     tensors    sigmas [N + 1] and etas [N] in float32;
                latents [N + 1, B, C, H, W] (of video models [N + 1, B, C, T, H, W]), residuals [N, B, C, H, W] and shifts
                of the same shape where there are any, mask [M, h, w] where there is one, overrides.<name>
                denoised [N, B, C, H, W] in place of residuals, in float16 files of flow models: near their highest level
                a step takes so little of D that rounded residuals would not give D back
 
-Version 1 is the only one so far. A reader refuses what a later one may mean differently.
+In version 1 the checksum is of the tensors alone. A reader refuses what a later version may mean differently.
 """
 
 import hashlib
@@ -19,18 +19,18 @@ import json
 import math
 from dataclasses import replace
 
-import safetensors.torch
 import torch
 
 from ..samplers.methods.families import FAMILIES
 from ..samplers.methods.record import Inversion, check_sigmas
-from .file_kind import FileKind, whole
+from .file_kind import FileKind
 from .rounding import rounding
-from .tensor_file import DTYPE_NAMES, HEADER_LIMIT, Entry, TensorFile, parse, title
+from .tensor_file import HEADER_LIMIT, Entry, TensorFile, is_text, parse
+from .tensor_writer import piece, whole, write
 
 KIND = FileKind(
     format="ledits-inversion",
-    version=1,
+    version=2,
     suffix=".ledits.safetensors",
     what="inversion",
     other="a checkpoint or LoRA",
@@ -39,6 +39,8 @@ KIND = FileKind(
 STEP_LIMIT = 10_000
 LARGEST = 1e7  # noise levels of a zero-terminal-SNR schedule end near 5,000
 _WORDS = ("method", "family", "model")
+# Settings that an edit reckons with: types, lowest, highest.
+_RANGES = {"tau_v": ((int, float), 0, 1), "draws": (int, 1, 10_000), "noise_scale": ((int, float), 1e-3, 1e3)}
 # Of the embeddings in `Inversion.overrides`.
 _RANKS = {"negative": 4, "negative_pooled": 2, "value": 5, "negative.attention_mask": 2,
           "negative.conditioning_llama3": 4, "negative.conditioning_byt5small": 3}
@@ -79,16 +81,17 @@ def save(path, inversion: Inversion, latent_format, half=False):
     settings = {k: v for k, v in inversion.settings.items() if k != "source_prompt"}
     metadata = KIND.metadata | {"dtype": "float16" if half else "float32"}
     metadata |= {name: str(getattr(inversion, name)) for name in _WORDS}
-    metadata |= {"latent_format": _json(latent_format), "settings": _json(settings), "sha256": _digest(stored),
-                 "source_sha256": source_hash(inversion)}
+    metadata |= {"latent_format": _json(latent_format), "settings": _json(settings),
+                 "source_sha256": _hash(exact["latents"][-1])}
     if inversion.settings.get("source_prompt"):
-        metadata["source_prompt"] = str(inversion.settings["source_prompt"])
+        metadata["source_prompt"] = _text(str(inversion.settings["source_prompt"]))
     if cost is not None:
         metadata["rounding"] = _json(cost)
     if len(json.dumps(metadata)) > HEADER_LIMIT // 2:
         raise ValueError("The prompt or the settings of this inversion are too long to be stored: shorten the prompt.")
-    with whole(path) as part:
-        safetensors.torch.save_file(stored, part, metadata)
+    with whole(path) as file:
+        pieces = {name: piece(value) for name, value in stored.items()}
+        write(file, metadata, pieces, KIND.header_limit, KIND.tensor_limit)
     return cost
 
 
@@ -108,7 +111,9 @@ def load(path, make_latent_format) -> Inversion:
     """
     with KIND.refusals(path), KIND.open(path) as file:
         header, entries, settings, latent_format = _header(file, make_latent_format)
-        tensors = file.read_all(entries, header["sha256"])
+        tensors = file.read_all(entries, header["version"] != "1")
+        if header["dtype"] == "float32" and header.get("source_sha256", "") not in ("", _hash(tensors["latents"][-1])):
+            raise ValueError("it names another picture than it holds: it is damaged")
         _check_levels(tensors["sigmas"], tensors["etas"])
         ends = (end for value in tensors.values() if value.numel() for end in value.aminmax())  # needs no copy of the path
         if any(abs(float(end)) > LARGEST for end in ends):
@@ -128,6 +133,9 @@ def load(path, make_latent_format) -> Inversion:
             overrides=overrides,
             latent_format=latent_format,
         )
+        value = overrides.get("value")
+        if value is not None and len(value) < inversion.settings.get("tau_v", 1) * inversion.steps:
+            raise ValueError(f"it prescribes values for {len(value)} of {inversion.steps} steps only")
         if inversion.batch % inversion.draws:
             raise ValueError(f"it holds {inversion.batch} latents a level for {inversion.draws} draws of every picture")
         if "denoised" not in tensors:
@@ -156,11 +164,6 @@ def _header(file: TensorFile, make_latent_format):
     return header, entries, _settings(header), _latent_format(header, entries["latents"].shape[2], make_latent_format)
 
 
-def source_hash(inversion: Inversion) -> str:
-    """SHA-256 of the encoded picture in float32, equal for all inversions of one picture by one VAE."""
-    return hashlib.sha256(_plain(inversion.latents[-1]).numpy()).hexdigest()
-
-
 def _metadata(file: TensorFile):
     """The metadata of an inversion, checked as far as they do not depend on the tensors."""
     header = file.metadata
@@ -181,15 +184,15 @@ def _settings(header):
     settings = parse(header["settings"], "settings")
     if not isinstance(settings, dict) or not _sane(settings):
         raise ValueError("its settings cannot be read")
-    share = settings.get("tau_v", 1.0)
-    if not isinstance(share, (int, float)) or not 0 <= share <= 1:
-        raise ValueError("its settings cannot be read (tau_v is no share of the steps)")
-    draws = settings.get("draws", 1)
-    if not isinstance(draws, int) or draws < 1:
-        raise ValueError("its settings cannot be read (draws is no number of noises)")
+    for name, (kinds, lowest, highest) in _RANGES.items():
+        value = settings.get(name, 1)
+        if not isinstance(value, kinds) or not lowest <= value <= highest:
+            raise ValueError(f"its settings cannot be read ({name} is {str(value)[:20]!r})")
     noted = {"source_prompt": header["source_prompt"]} if "source_prompt" in header else {}
     if header["dtype"] == "float16" and "rounding" in header:
         noted["float16"] = parse(header["rounding"], "header")
+        if not isinstance(noted["float16"], dict) or not _sane(noted["float16"]):
+            raise ValueError("its header cannot be read")
     return {k: v for k, v in settings.items() if k != "source_prompt"} | noted
 
 
@@ -200,7 +203,7 @@ def _sane(value) -> bool:
     if isinstance(value, list):
         return all(map(_sane, value))
     if isinstance(value, str):
-        return value == value.encode("utf-8", "ignore").decode("utf-8")
+        return is_text(value)
     return not isinstance(value, (int, float)) or abs(value) < 1e300
 
 
@@ -266,13 +269,8 @@ def _plain(tensor):
     return tensor.detach().to("cpu", torch.float32).clone(memory_format=torch.contiguous_format)
 
 
-def _digest(tensors):
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        value = tensors[name]
-        digest.update(title(name, DTYPE_NAMES[value.dtype], value.shape))
-        digest.update(value.numpy())
-    return digest.hexdigest()
+def _hash(picture: torch.Tensor) -> str:
+    return hashlib.sha256(picture.contiguous().numpy()).hexdigest()
 
 
 def _json(value):
@@ -282,9 +280,14 @@ def _json(value):
 def _values(value):
     """A value as JSON can hold it. Numbers that are not finite become None."""
     if isinstance(value, dict):
-        return {str(k): _values(v) for k, v in value.items()}
+        return {_text(str(k)): _values(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [_values(v) for v in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, (str, int)) else str(value)
+    return value if value is None or isinstance(value, int) else _text(str(value))
+
+
+def _text(value):
+    """Text without halves of letters, which no file and no screen can hold."""
+    return value.encode("utf-8", "replace").decode("utf-8")

@@ -1,5 +1,7 @@
 """Where files lie: names within ComfyUI's own input and output folders, and nothing outside of them."""
 
+import contextlib
+import errno
 import os
 import re
 import time
@@ -7,6 +9,7 @@ import time
 import folder_paths
 
 from .file_kind import FileKind
+from .tensor_writer import release, remove_stale, reserve
 
 DEPTH = 5  # folders below input or output in which files are looked for
 
@@ -62,7 +65,8 @@ def list_files(file_kind: FileKind) -> list[str]:
         for path in _walk(folder, DEPTH):
             name = os.path.relpath(path, folder).replace(os.sep, "/")
             if inside(folder, path) and file_kind.matches(path):
-                files.append((os.stat(path).st_mtime_ns, name if kind == "input" else f"{name} [{kind}]"))
+                with contextlib.suppress(OSError):  # removed meanwhile
+                    files.append((os.stat(path).st_mtime_ns, name if kind == "input" else f"{name} [{kind}]"))
     return [name for _, name in sorted(files, reverse=True)]
 
 
@@ -90,8 +94,12 @@ def with_date(prefix, now=None):
     )
 
 
-def new_file(prefix: str, suffix: str, width=0, height=0) -> tuple[str, str, str]:
-    """A file to write in the output folder: (path, name, subfolder).
+@contextlib.contextmanager
+def new_file(prefix: str, suffix: str, width=0, height=0):
+    """A file to write in the output folder by `tensor_writer.whole`: yields (path, name, subfolder).
+
+    The name is this run's own until the block ends, also where several servers share the folder. What a server that was
+    killed has left in the subfolder is removed.
 
     Args:
         prefix: a `filename_prefix` as people write it; a number is added.
@@ -99,17 +107,32 @@ def new_file(prefix: str, suffix: str, width=0, height=0) -> tuple[str, str, str
 
     Raises:
         ValueError: it leads out of the folder.
-        OSError: the subfolder cannot be made.
+        OSError: nothing can be written there.
     """
     prefix, output = relative(with_date(prefix), "The prefix"), folder_paths.get_output_directory()
     if not inside(output, os.path.join(output, os.path.dirname(prefix))):
         raise ValueError(f"The prefix '{prefix}' follows a link out of ComfyUI's output folder: choose another.")
-    folder, name, count, subfolder, _ = folder_paths.get_save_image_path(prefix, output, width, height)
-    name = f"{name}_{count:05}_{suffix}"
-    return os.path.join(folder, name), name, subfolder
+    folder, stem, count, subfolder, _ = folder_paths.get_save_image_path(prefix, output, width, height)
+    remove_stale(folder, suffix)
+    name = f"{stem}_{count:05}_{suffix}"
+    while not reserve(os.path.join(folder, name)):
+        count += 1
+        name = f"{stem}_{count:05}_{suffix}"
+    try:
+        yield os.path.join(folder, name), name, subfolder
+    finally:
+        release(os.path.join(folder, name))
 
 
-def size_of(path) -> str:
-    """The size of a file in words."""
-    size = os.path.getsize(path)
+def not_written(what: str, name: str, error: OSError) -> ValueError:
+    """Why a file in the output folder could not be written, as a sentence."""
+    advice = {errno.ENOSPC: "make room on the disk", errno.EDQUOT: "make room on the disk",
+              errno.EFBIG: "the disk takes no file of this size", errno.ENAMETOOLONG: "choose a shorter name"}
+    why = error.strerror or str(error) or type(error).__name__
+    do = advice.get(error.errno, "choose another name, or look at the rights of ComfyUI's output folder")
+    return ValueError(f"{what} could not be written to '{name[:80]}' ({why}): {do}.")
+
+
+def in_words(size: int) -> str:
+    """A number of bytes in words."""
     return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"

@@ -2,29 +2,28 @@
 
     metadata   format, version, dtype (of what was captured), model: words
                path: fingerprint of the path it was captured from
-               sha256: of all tensors as they are stored, in the order of their names
+               sha256: of all other metadata and all tensors as they are stored, in the order of their names
     tensors    <branch>/<site>/<layer>/<name>/<steps> [steps, B, ...], such as source/attn2/input.4.0/q/0-18,20: what
                was captured at one place, at steps 0 to 18 and 20 of the path;
                about/<branch> [1 or B, tokens, width] in float32: the source prompts it was captured with
 
-Written and read piece by piece, as stored: a store may take most of the memory. Version 1 is the only one so far.
+Written and read piece by piece, as stored: a store may take most of the memory. In version 1 the checksum is of the
+tensors alone.
 """
 
-import hashlib
-import json
 import re
-import struct
 
 import torch
 
 from ..attention_hooks.store import AttentionStore, Origin
-from .file_kind import FileKind, whole
+from .file_kind import FileKind
 from .inversion_file import STEP_LIMIT
-from .tensor_file import DTYPE_NAMES, Entry, TensorFile, title
+from .tensor_file import Entry, TensorFile
+from .tensor_writer import Overflow, Piece, whole, write
 
 KIND = FileKind(
     format="ledits-attention-store",
-    version=1,
+    version=2,
     suffix=".ledits-store.safetensors",
     what="attention store",
     other="an inversion or a checkpoint",
@@ -57,53 +56,27 @@ def save(path, store: AttentionStore, half=False):
         ValueError: numbers that are not finite, or more names than a file may have.
         OSError: the file cannot be written.
     """
-    dtype = _dtype(store, half)
-    prompts = store.origin.prompts
-    parts = {_ABOUT + branch: ([prompt], torch.float32, prompt.shape) for branch, prompt in prompts.items()}
+    dtype, prompts = _dtype(store, half), store.origin.prompts
+    pieces = {_ABOUT + branch: Piece(slices=[prompt], dtype=torch.float32, shape=tuple(prompt.shape))
+              for branch, prompt in prompts.items()}
     for slot, steps in _by_slot(store).items():
         shape = (len(steps), *next(iter(steps.values())).shape)
-        parts[f"{slot}/{_text(sorted(steps))}"] = [steps[step] for step in sorted(steps)], dtype, shape
-    entries, end = {}, 0
-    for name in sorted(parts):  # the prompts' float32 first, so that all numbers are aligned
-        _, stored_as, shape = parts[name]
-        begin, end = end, end + torch.Size(shape).numel() * stored_as.itemsize
-        entries[name] = {"dtype": DTYPE_NAMES[stored_as], "shape": list(shape), "data_offsets": [begin, end]}
+        slices = [steps[step] for step in sorted(steps)]
+        pieces[f"{slot}/{_text(sorted(steps))}"] = Piece(slices=slices, dtype=dtype, shape=shape)
     origin, dtype_name = store.origin, str(dtype).removeprefix("torch.")
     metadata = KIND.metadata | {"dtype": dtype_name, "model": origin.model, "path": origin.path}
-    with whole(path) as part, open(part, "wb") as file:
-        file.write(_head(metadata, entries, "0" * 64))
-        sha256 = _write(file, parts)
-        file.seek(0)
-        file.write(_head(metadata, entries, sha256))
-
-
-def _head(metadata, entries, sha256):
-    """The beginning of the file; of the same length whatever the checksum."""
-    text = json.dumps({"__metadata__": metadata | {"sha256": sha256}, **entries}, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    if len(text) > KIND.header_limit or len(entries) > KIND.tensor_limit:
+    try:
+        with whole(path) as file:
+            write(file, metadata, pieces, KIND.header_limit, KIND.tensor_limit)
+    except Overflow:
         raise ValueError(
             "This store holds too many layers and windows to be saved: capture it for fewer controls or blocks."
-        )
-    return struct.pack("<Q", len(text)) + text
-
-
-def _write(file, parts):
-    """Write the numbers in the order of their names; returns their checksum."""
-    digest = hashlib.sha256()
-    for name in sorted(parts):
-        tensors, dtype, shape = parts[name]
-        digest.update(title(name, DTYPE_NAMES[dtype], shape))
-        for tensor in tensors:
-            numbers = tensor.detach().to("cpu", dtype).contiguous()
-            if not torch.isfinite(numbers).all():
-                raise ValueError(
-                    "This store holds numbers that float16 cannot hold (above 65504) or that are no numbers: capture "
-                    "and save it as float32."
-                )
-            digest.update(numbers.numpy())
-            file.write(numbers.numpy())
-    return digest.hexdigest()
+        ) from None
+    except ValueError:
+        raise ValueError(
+            "This store holds numbers that float16 cannot hold (above 65504) or that are no numbers: capture and save "
+            "it as float32."
+        ) from None
 
 
 def load(path) -> AttentionStore:
@@ -117,7 +90,7 @@ def load(path) -> AttentionStore:
     """
     with KIND.refusals(path), KIND.open(path) as file:
         header, entries, steps = _header(file)
-        tensors = file.read_all(entries, header["sha256"], as_stored=True)
+        tensors = file.read_all(entries, header["version"] != "1", as_stored=True)
     prompts = {name.removeprefix(_ABOUT): t for name, t in tensors.items() if name.startswith(_ABOUT)}
     store = AttentionStore(origin=Origin(header["path"], header["model"], prompts))
     for name, steps_of_name in steps.items():
@@ -126,10 +99,11 @@ def load(path) -> AttentionStore:
     return store
 
 
-def check(path):
-    """Refuse a file as `load` does, but from its header alone: its numbers are not read."""
+def check(path) -> int:
+    """Refuse a file as `load` does, but from its header alone: its numbers are not read; its size in bytes."""
     with KIND.refusals(path), KIND.open(path) as file:
         _header(file)
+        return file.size
 
 
 def _header(file: TensorFile):

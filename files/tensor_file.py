@@ -52,6 +52,7 @@ class TensorFile:
 
     Raises:
         ValueError: it cannot be opened, or its header is not one of a small safetensors file.
+        OSError: it cannot be read.
     """
 
     def __init__(self, path, header_limit=HEADER_LIMIT, tensor_limit=TENSOR_LIMIT):
@@ -67,7 +68,7 @@ class TensorFile:
             self.size = os.fstat(self._handle.fileno()).st_size
             self._header, self._start = self._read_header()
             self.metadata = self._header.pop("__metadata__", {})
-            if not isinstance(self.metadata, dict) or not all(isinstance(v, str) for v in self.metadata.values()):
+            if not isinstance(self.metadata, dict) or not all(map(is_text, [*self.metadata, *self.metadata.values()])):
                 raise ValueError("its metadata are not words")
         except BaseException:
             self._handle.close()
@@ -129,21 +130,24 @@ class TensorFile:
             raise ValueError(f"the shape of its tensor {name!r} does not fit its {size} bytes")
         return Entry(dtype=dtype, shape=tuple(shape), begin=self._start + offsets[0], size=size)
 
-    def read_all(self, entries: dict[str, Entry], sha256: str, as_stored=False) -> dict[str, torch.Tensor]:
+    def read_all(self, entries: dict[str, Entry], with_words: bool, as_stored=False) -> dict[str, torch.Tensor]:
         """All tensors, see `read`.
 
+        Their checksum is `metadata["sha256"]`: of the `words` and of each tensor, in the order of the names, its
+        `title` and its bytes as they are stored.
+
         Args:
-            sha256: their checksum: of each in the order of the names, its `title` and its bytes as they are stored.
+            with_words: False for files whose checksum is of the tensors alone.
 
         Raises:
             ValueError: another checksum; also as `read`.
         """
-        digest, tensors = hashlib.sha256(), {}
+        digest, tensors = hashlib.sha256(words(self.metadata) if with_words else b""), {}
         for name in sorted(entries):
             digest.update(title(name, entries[name].dtype, entries[name].shape))
             tensors[name] = self.read(entries[name], digest, as_stored)
-        if digest.hexdigest() != sha256:
-            raise ValueError("its numbers are not those that were saved: it is damaged")
+        if digest.hexdigest() != self.metadata["sha256"]:
+            raise ValueError(f"its numbers{' or words' * with_words} are not those that were saved: it is damaged")
         return tensors
 
     def read(self, entry: Entry, digest, as_stored=False) -> torch.Tensor:
@@ -178,6 +182,16 @@ class TensorFile:
 def title(name: str, dtype: str, shape) -> bytes:
     """The line before a tensor's numbers in the checksum of a file."""
     return f"{name} {dtype} {list(shape)}\n".encode()
+
+
+def words(metadata: dict[str, str]) -> bytes:
+    """Metadata in the checksum of a file: a line for each but the checksum itself."""
+    return b"".join(json.dumps([key, metadata[key]]).encode() + b"\n" for key in sorted(metadata) if key != "sha256")
+
+
+def is_text(value) -> bool:
+    """Whether a value is text that can be shown; halves of letters ("\\ud800"), which JSON may hold, cannot."""
+    return isinstance(value, str) and value == value.encode("utf-8", "ignore").decode("utf-8")
 
 
 def parse(text, what):

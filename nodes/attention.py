@@ -18,6 +18,7 @@ from .attention_inputs import (
     source_input,
     window,
 )
+from .choices import known
 
 BLENDS = ["blend_words", "auto"]
 
@@ -72,6 +73,7 @@ class _PromptToPrompt:
                 blend_words="", substruct_words="", threshold=0.3, start_blend=0.2, word_steps="",
                 cross_replace_start=0.0, self_replace_start=0.0, self_blocks="p2p", cross_blocks="all",
                 blend_blocks="words", attention=None, local_blend=BLENDS[0]):
+        known(cls, local_blend=local_blend)
         blend, auto = None, local_blend == BLENDS[1]
         if auto and widget_text.phrases(blend_words):
             raise ValueError("local_blend is 'auto', and blend_words are written too: choose 'blend_words' or empty them.")

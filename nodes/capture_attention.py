@@ -10,6 +10,7 @@ from ..samplers.capture_sampler import CaptureSampler
 from ..samplers.guider import LeditsGuider
 from . import feedback, sockets
 from .attention_inputs import CATEGORY
+from .choices import known
 from .edit_inputs import sigmas_after
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
@@ -44,6 +45,7 @@ class CaptureAttention(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, negative, inversion, attention, skip, precision="float16", all_steps=False):
+        known(cls, precision=precision)
         models.check(model, inversion)
         backbones.of(model.model)
         sigmas = sigmas_after(inversion, skip)

@@ -12,6 +12,7 @@ from ..samplers.guider import LeditsGuider
 from ..samplers.ledits import LeditsSampler
 from ..samplers.phased import PhasedSampler, Run
 from . import feedback
+from .choices import known
 from .drawing import sheet
 from .drawing.pixels import decoded
 from .edit_inputs import SOLVERS, edit, edit_inputs, fine_inputs, path_inputs, sigmas_after
@@ -140,6 +141,7 @@ class Sweep(io.ComfyNode):
     @classmethod
     def execute(cls, model, positive, negative, inversion, vae, skip_values, cfg_values, concepts=None, mask=None,
                 solver=SOLVERS[0], attention=None, store=None, size=0):
+        known(cls, solver=solver)
         models.check(model, inversion)
         skips, scales = skips_of(skip_values, inversion.steps), scales_of(cfg_values)
         if len(skips) * len(scales) > MOST_EDITS:

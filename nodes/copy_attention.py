@@ -14,6 +14,7 @@ from .attention_inputs import (
     source_input,
     window,
 )
+from .choices import known
 
 ROWS = {"structure (q, k)": "qk", "look (k, v)": "kv", "values (v)": "v"}
 REGIONS = ("outside the mask", "inside the mask")
@@ -52,6 +53,7 @@ class CopyAttentionNode(io.ComfyNode):
     @classmethod
     def execute(cls, rows, end_step, region, prompts=None, source=None, mask=None, start_step=0.0, blocks="all",
                 attention=None):
+        known(cls, rows=rows, region=region)
         control = CopyAttention(
             prompts=prompts,
             source=source,

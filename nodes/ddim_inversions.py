@@ -12,6 +12,7 @@ from ..samplers.methods import ddim
 from ..samplers.methods.negative_prompt import with_source_as_negative
 from ..samplers.ode_inverters import DDIMInverter, SourceBranch, TargetOffset
 from ..samplers.phased import PhasedSampler
+from .choices import HIDDEN, chosen, known
 from .inversion_inputs import (
     CATEGORY,
     guidance_input,
@@ -138,6 +139,7 @@ class DDIMInversion(io.ComfyNode):
             description="Turns a picture into the path that DDIM sampling would have taken to it (arXiv 2010.02502), "
             "without noise maps: the baseline of editing papers.",
             search_aliases=["unsampler", "invert image", "ddim inverse", "fixed point inversion", "renoise"],
+            hidden=HIDDEN,
             inputs=[
                 *source_inputs(), _cfg(), *level_inputs(), *_precision(1), _path(), sigmas_input(),
                 regularisation_input(),
@@ -152,13 +154,15 @@ class DDIMInversion(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, positive, negative, latent, cfg, steps, scheduler, refinements, tolerance, convention, path,
-                sigmas=None, noise_regularisation=None, solver="auto", replay=REPLAYS[0]):
-        regularise, chosen = regularisation(noise_regularisation)
+    def execute(cls, model, positive, negative, latent, cfg, steps, scheduler, refinements, tolerance, convention,
+                path=None, sigmas=None, noise_regularisation=None, solver="auto", replay=REPLAYS[0]):
+        known(cls, scheduler=scheduler, convention=convention, solver=solver, replay=replay)
+        path = chosen(cls, "path", path)
+        regularise, noted = regularisation(chosen(cls, "noise_regularisation", noise_regularisation))
         if replay != REPLAYS[0]:
             if path["path"] == "re-simulated":
                 raise ValueError("A re-simulated path is a baseline that drifts: set replay to 'as inverted' with it.")
-            chosen = {**chosen, "replay": replay}
+            noted = {**noted, "replay": replay}
         made = DdimPath(
             model=model,
             prompts=(positive, negative),
@@ -168,7 +172,7 @@ class DDIMInversion(io.ComfyNode):
             precision=(refinements, tolerance, convention),
             method="DDIM",
             regularise=regularise,
-            settings=chosen,
+            settings=noted,
             solver=solver,
             shift=replay == "input shift",
         )
@@ -193,6 +197,7 @@ class DirectInversion(io.ComfyNode):
             description="DDIM inversion whose path itself is the source during the edit, so the source never drifts: "
             "Direct Inversion (PnP Inversion, arXiv 2310.01506). Made for attention control.",
             search_aliases=["pnp inversion", "direct inversion", "invert image"],
+            hidden=HIDDEN,
             inputs=[
                 *source_inputs(), _cfg(), *level_inputs(), *_precision(0),
                 io.DynamicCombo.Input(
@@ -214,8 +219,10 @@ class DirectInversion(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, positive, negative, latent, cfg, steps, scheduler, refinements, tolerance, convention,
-                ablation, sigmas=None, solver="auto"):
-        chosen = ablation["ablation"]
+                ablation=None, sigmas=None, solver="auto"):
+        known(cls, scheduler=scheduler, convention=convention, solver=solver)
+        ablation = chosen(cls, "ablation", ablation)
+        variant = ablation["ablation"]
         made = DdimPath(
             model=model,
             prompts=(positive, negative),
@@ -227,11 +234,11 @@ class DirectInversion(io.ComfyNode):
             settings=ablation,
             solver=solver,
         )
-        if chosen == "target side":
+        if variant == "target side":
             made.then(TargetOffset(made.inversion, method="Direct, target side"), ablation["edit_cfg"])
-        elif chosen != "none":
+        elif variant != "none":
             scale, every = ablation.get("scale", 1.0), ablation.get("every", 1)
-            branch = SourceBranch(made.inversion, scale=scale, every=every, method=f"Direct, {chosen}")
+            branch = SourceBranch(made.inversion, scale=scale, every=every, method=f"Direct, {variant}")
             made.then(branch, ablation["edit_cfg"])
         return made.output()
 
@@ -246,6 +253,7 @@ class NegativePromptInversion(io.ComfyNode):
             description="DDIM inversion that puts the source prompt in the place of the edit's negative "
             "(arXiv 2305.16807): nearly Null-Text Inversion, at no cost. Goes well with Proximal Guidance.",
             search_aliases=["npi", "negative prompt inversion", "invert image", "proximal"],
+            hidden=HIDDEN,
             inputs=[
                 *source_inputs(), _cfg(), *level_inputs(), *_precision(1), _path(),
                 io.Float.Input("interpolation", default=0.0, min=0.0, max=1.0, step=0.05, round=0.01, advanced=True,
@@ -257,8 +265,10 @@ class NegativePromptInversion(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, positive, negative, latent, cfg, steps, scheduler, refinements, tolerance, convention, path,
-                interpolation, sigmas=None, solver="auto"):
+    def execute(cls, model, positive, negative, latent, cfg, steps, scheduler, refinements, tolerance, convention,
+                interpolation, path=None, sigmas=None, solver="auto"):
+        known(cls, scheduler=scheduler, convention=convention, solver=solver)
+        path = chosen(cls, "path", path)
         made = DdimPath(
             model=model,
             prompts=(positive, negative),

@@ -7,6 +7,7 @@ from PIL import Image
 
 from ..demo import loader, pictures
 from ..files import latent_formats
+from .choices import known
 from .drawing.pixels import to_tensor
 
 CATEGORY = "LEDITS/demo"
@@ -40,6 +41,7 @@ class LoadDemoModel(io.ComfyNode):
 
     @classmethod
     def execute(cls, network="U-Net"):
+        known(cls, network=network)
         return io.NodeOutput(*NETWORKS[network]())
 
 
@@ -69,6 +71,7 @@ class LoadDemoPicture(io.ComfyNode):
 
     @classmethod
     def execute(cls, picture):
+        known(cls, picture=picture)
         entry, device = ENTRIES[picture], comfy.model_management.intermediate_device()
         with Image.open(pictures.FOLDER / entry["file"]) as file:
             image = to_tensor(file.convert("RGB"))[None].to(device)

@@ -8,6 +8,7 @@ from ..samplers.guider import LeditsGuider
 from ..samplers.inverters import EditFriendlyInverter
 from ..samplers.methods.edit_friendly import NOISES
 from . import feedback
+from .choices import known
 from .inversion_inputs import (
     CATEGORY,
     guidance_input,
@@ -58,6 +59,7 @@ class EditFriendlyInversion(io.ComfyNode):
     @classmethod
     def execute(cls, model, positive, negative, latent, cfg, steps, scheduler, eta, seed, sigmas=None, steps_at_once=0,
                 eta_end=-1.0, noise=NOISES[0]):
+        known(cls, scheduler=scheduler, noise=noise)
         models.family(model)
         sigmas = noise_levels(model, scheduler, steps, sigmas)
         samples = picture(model, latent)

@@ -1,5 +1,6 @@
 """How good is an edit: the metrics of PIE-Bench as a node."""
 
+import contextlib
 import math
 import os
 
@@ -11,7 +12,9 @@ from comfy_api.latest import io, ui
 from einops import repeat
 
 from ..evaluation import metrics, networks, table
-from ..files.places import inside, relative
+from ..files import csv_file
+from ..files.places import inside, not_written, relative
+from .choices import known
 from .drawing.card import Card
 from .drawing.pixels import to_batch, to_image
 from .feedback import show
@@ -80,18 +83,20 @@ class EditMetrics(io.ComfyNode):
 
     @classmethod
     def execute(cls, source, edited, mode, source_prompt, target_prompt, mask=None, jpeg=False, csv="", label=""):
+        known(cls, mode=mode)
         sources, edits, masks = _matched(source, edited, mask)
         prompts = {"source_prompt": source_prompt, "target_prompt": target_prompt}
         note = {"label": label, "mode": mode, "jpeg": jpeg, **prompts}
         path = _csv_path(csv)
         if path:
-            table.check_csv(path, [*note, *metrics.METRICS])
+            with _refused(csv):
+                csv_file.check(path, [*note, *metrics.METRICS])
         local = networks.Networks(folder_paths.get_folder_paths(networks.FOLDER), place=_Place())
         tool = metrics.Metrics(mode, local, jpeg=jpeg)
         rows = [tool.measure(*picture, **prompts) for picture in zip(sources, edits, masks)]
         if path:
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            table.append(path, [note | row for row in rows])
+            with _refused(csv):
+                csv_file.append(path, [note | row for row in rows])
         values = table.mean(rows)
         text = table.text(values, tool.missing)
         show(cls, text)
@@ -99,6 +104,15 @@ class EditMetrics(io.ComfyNode):
         cards = to_batch([_card(*picture, mode=mode) for picture in pictures])
         numbers = [math.nan if values[name] is None else values[name] for name, _, _ in OUTPUTS]
         return io.NodeOutput(*numbers, text, ui=ui.PreviewImage(cards, cls=cls).as_dict() | {"text": [text]})
+
+
+@contextlib.contextmanager
+def _refused(name):
+    """Errors of the CSV file in a sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise not_written("The metrics", name, error) from None
 
 
 class _Place:

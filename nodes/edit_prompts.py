@@ -6,6 +6,7 @@ from ..attention_hooks.text.align import MAPPINGS
 from ..attention_hooks.text.prompts import edit_prompts
 from . import sockets
 from .attention_inputs import CATEGORY
+from .choices import known
 
 
 class EditPrompts(io.ComfyNode):
@@ -41,6 +42,7 @@ class EditPrompts(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip, source, target, mapping="auto"):
+        known(cls, mapping=mapping)
         prompts = edit_prompts(clip, source, target, mapping)
         return io.NodeOutput(prompts.source, prompts.target, prompts)
 

@@ -9,6 +9,7 @@ from ..samplers.guider import LeditsGuider
 from ..samplers.inverters import EditFriendlyInverter
 from ..samplers.ledits import LeditsSampler
 from . import feedback, sockets
+from .choices import HIDDEN, chosen, known
 from .edit_inputs import edit, edit_inputs, free_steps_input, path_inputs, sigmas_after
 from .inversion_inputs import (
     CATEGORY,
@@ -46,9 +47,9 @@ def _guided(conditioning, settings: published.FlowEditSettings, guidance: float)
     return node_helpers.conditioning_set_values(conditioning, {"guidance": guidance}), 1.0
 
 
-def _note(model, conditioning, chosen, settings, exact):
+def _note(model, conditioning, choice, settings, exact):
     """What is to be known of settings that were chosen for the user."""
-    if chosen == AUTHORS and not exact:
+    if choice == AUTHORS and not exact:
         return f"No settings are published for {type(model.model).__name__}: those for {settings.model} were taken"
     return feedback.guidance_note(model, conditioning)
 
@@ -68,6 +69,7 @@ class FlowEditSource(io.ComfyNode):
             description="The source half of FlowEdit (arXiv 2412.08629): noisy latents of the picture and what the model "
             "predicts from them, made once for all edits of a picture. It is edit-friendly inversion at eta 0.",
             search_aliases=["flowedit", "inversion-free", "flow edit", "unsampler"],
+            hidden=HIDDEN,
             inputs=[
                 *source_inputs(), _settings_input(own), scheduler_input(), seed_input(),
                 io.Int.Input("draws", default=1, min=1, max=64, optional=True, advanced=True,
@@ -79,7 +81,9 @@ class FlowEditSource(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, positive, negative, latent, settings, scheduler, seed, draws=1, sigmas=None):
+    def execute(cls, model, positive, negative, latent, scheduler, seed, settings=None, draws=1, sigmas=None):
+        known(cls, scheduler=scheduler)
+        settings = chosen(cls, "settings", settings)
         models.family(model)
         published_for, exact = published.flowedit(model)
         steps, cfg = published_for.steps, settings.get("cfg")
@@ -117,6 +121,7 @@ class FlowEdit(io.ComfyNode):
             description="The target half of FlowEdit (arXiv 2412.08629): the picture moves by the difference between "
             "what the model predicts for the target prompt and for the source. On flow models and Stable Diffusion.",
             search_aliases=["flow edit", "inversion-free", "edit image"],
+            hidden=HIDDEN,
             inputs=[
                 *edit_inputs(), *path_inputs(), _settings_input(own), free_steps_input(),
                 sockets.Concepts.Input("concepts", optional=True, tooltip="Semantic concepts to add or remove."),
@@ -127,7 +132,8 @@ class FlowEdit(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, positive, negative, inversion, settings, free_steps=0, concepts=None, mask=None):
+    def execute(cls, model, positive, negative, inversion, settings=None, free_steps=0, concepts=None, mask=None):
+        settings = chosen(cls, "settings", settings)
         models.check(model, inversion)
         published_for, exact = published.flowedit(model)
         cfg, skip = settings.get("cfg"), settings.get("skip")

@@ -1,13 +1,15 @@
 """Inversions as files in ComfyUI's own output and input folders."""
 
+import os
 from dataclasses import replace
 
 import comfy.model_management
 from comfy_api.latest import io, ui
 
 from ..files import inversion_file, latent_formats
-from ..files.places import list_files, new_file, path_of, size_of
+from ..files.places import in_words, list_files, new_file, not_written, path_of
 from . import sockets
+from .choices import known
 from .feedback import show
 from .file_picker import FileLoader
 from .inversion_inputs import CATEGORY, PathNoise, latent_size, noise_output
@@ -45,16 +47,18 @@ class SaveInversion(io.ComfyNode):
 
     @classmethod
     def execute(cls, inversion, filename_prefix, dtype, source_prompt=""):
+        known(cls, dtype=dtype)
         if source_prompt.strip():
             inversion = replace(inversion, settings=inversion.settings | {"source_prompt": source_prompt})
         description = latent_formats.describe(inversion.latent_format)
         height, width = inversion.latents.shape[-2:]
         try:
-            path, name, subfolder = new_file(filename_prefix, inversion_file.KIND.suffix, width, height)
-            cost = inversion_file.save(path, inversion, description, half=dtype == "float16")
+            with new_file(filename_prefix, inversion_file.KIND.suffix, width, height) as (path, name, subfolder):
+                cost = inversion_file.save(path, inversion, description, half=dtype == "float16")
+                size = os.path.getsize(path)
         except OSError as error:
-            raise ValueError(f"The inversion could not be written to '{filename_prefix}' ({error.strerror}).") from None
-        text = f"{'/'.join(p for p in (subfolder, name) if p)}\n{size_of(path)}, {dtype}{_cost(cost)}"
+            raise not_written("The inversion", filename_prefix, error) from None
+        text = f"{'/'.join(p for p in (subfolder, name) if p)}\n{in_words(size)}, {dtype}{_cost(cost)}"
         show(cls, text)
         saved = ui.SavedResult(name, subfolder, io.FolderType.output)
         return io.NodeOutput(ui={"text": [text], "inversions": [saved]})

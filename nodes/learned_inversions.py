@@ -8,6 +8,7 @@ from ..samplers import gradients
 from ..samplers.gradient_inverters import NullTextInverter, StyleDiffusionInverter
 from ..samplers.guider import LeditsGuider
 from ..samplers.ode_inverters import SourceBranch
+from .choices import known
 from .inversion_inputs import (
     CATEGORY,
     guidance_input,
@@ -104,6 +105,7 @@ class NullTextInversion(io.ComfyNode):
     @classmethod
     def execute(cls, model, positive, negative, latent, cfg, steps, scheduler, inner_steps, learning_rate, early_stop,
                 on_interrupt, sigmas=None, path=PATHS[0]):
+        known(cls, scheduler=scheduler, on_interrupt=on_interrupt, path=path)
         settings = {"scheduler": scheduler, "inner_steps": inner_steps, "learning_rate": learning_rate,
                     "early_stop": early_stop}
         inverter = NullTextInverter(
@@ -150,6 +152,7 @@ class StyleDiffusionInversion(io.ComfyNode):
     @classmethod
     def execute(cls, model, positive, negative, latent, cfg, steps, scheduler, first_steps, attention_loss, tau_v,
                 learning_rate, early_stop, on_interrupt, sigmas=None, clip_vision=None, image=None, path=PATHS[0]):
+        known(cls, scheduler=scheduler, on_interrupt=on_interrupt, path=path)
         gradients.check(model)
         settings = {"scheduler": scheduler, "first_steps": first_steps, "attention_loss": attention_loss,
                     "tau_v": tau_v, "learning_rate": learning_rate, "early_stop": early_stop,

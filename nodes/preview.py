@@ -16,6 +16,7 @@ from ..attention_hooks.observed import SIDES, Observed
 from ..attention_hooks.text import widget_text
 from . import sockets
 from .attention_inputs import CATEGORY, attention_output, chain_input, chained, prompts_input
+from .choices import known
 from .drawing.card import Card
 from .drawing.pixels import to_batch
 
@@ -90,6 +91,7 @@ class PreviewAttention(io.ComfyNode):
 
     @classmethod
     def execute(cls, latent, words, view, sampler=None, image=None, edited_image=None):
+        known(cls, view=view)
         observed = _observed(latent, sampler)
         rows = _rows(observed, _phrases(observed, words), None if view == VIEWS[0] else _steps(observed))
         pictures = range(min(len(observed.latent), CARDS))

@@ -5,6 +5,7 @@ from comfy_api.latest import io
 from ..samplers import models
 from ..samplers.methods import proximal
 from . import sockets
+from .choices import known
 
 
 class ProximalGuidance(io.ComfyNode):
@@ -43,6 +44,7 @@ class ProximalGuidance(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, quantile, kind, inversion=None, hold="nothing", strength=0.1, start=0.6, radius=1):
+        known(cls, kind=kind, hold=hold)
         level = float(model.get_model_object("model_sampling").percent_to_sigma(start))
         guidance = proximal.Proximal(
             quantile=quantile, kind=kind, hold=hold, inversion=inversion, strength=strength, start=level, radius=radius

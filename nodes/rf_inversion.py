@@ -7,6 +7,7 @@ from ..samplers.guider import LeditsGuider
 from ..samplers.methods.rf_inversion import HoldPicture
 from ..samplers.ode_inverters import RFInverter
 from . import sockets
+from .choices import known
 from .inversion_inputs import (
     CATEGORY,
     guidance_input,
@@ -47,6 +48,7 @@ class RFInversion(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, positive, negative, latent, cfg, steps, scheduler, seed, gamma, sigmas=None):
+        known(cls, scheduler=scheduler)
         if not models.family(model).bounded:
             raise ValueError(
                 f"RF-Inversion is for flow models (Flux, SD3, Qwen-Image, ...); {type(model.model).__name__} is not one. "

@@ -6,6 +6,7 @@ from ..samplers import models
 from ..samplers.guider import LeditsGuider
 from ..samplers.ledits import SOLVERS, LeditsSampler
 from . import feedback, sockets
+from .choices import known
 from .edit_inputs import (
     attention_inputs,
     cfg_input,
@@ -48,6 +49,7 @@ class LeditsKSampler(io.ComfyNode):
     @classmethod
     def execute(cls, model, positive, negative, inversion, cfg, skip, concepts=None, mask=None, solver=SOLVERS[0],
                 attention=None, store=None, eta=-1.0):
+        known(cls, solver=solver)
         models.check(model, inversion)
         sigmas = sigmas_after(inversion, skip)
         guider = LeditsGuider(model, positive, negative, cfg, concepts=concepts or ())
@@ -103,6 +105,7 @@ class LeditsSamplerNode(io.ComfyNode):
 
     @classmethod
     def execute(cls, inversion, skip, solver=SOLVERS[0], attention=None, store=None, eta=-1.0, free_steps=0):
+        known(cls, solver=solver)
         sampler = LeditsSampler(inversion, solver=solver, attention=attention, store=store, eta=chosen_eta(eta),
                                 free_steps=free_steps)
         sampler.on_phase = feedback.tell

@@ -8,6 +8,7 @@ from ..samplers import models
 from ..samplers.methods import ddim
 from ..samplers.methods.edit_friendly import draw_noise
 from ..samplers.methods.record import Inversion
+from .choices import known
 from .inversion_inputs import (
     CATEGORY,
     latent_input,
@@ -40,6 +41,7 @@ class SDEditPath(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, latent, steps, scheduler, seed, sigmas=None):
+        known(cls, scheduler=scheduler)
         family, sigmas = models.family(model), noise_levels(model, scheduler, steps, sigmas)
         y0 = model.model.process_latent_in(picture(model, latent).float().cpu())
         latents = ddim.one_noise_path(y0, sigmas, draw_noise(y0.shape, 1, seed)[0] * models.noise_scale(model), family=family)

@@ -6,6 +6,7 @@ from comfy_api.latest import io
 from ..attention_hooks.text import tokens
 from ..samplers.methods.sega import MASKS, Concept
 from . import sockets
+from .choices import known
 
 CATEGORY = "LEDITS/guidance"
 
@@ -59,6 +60,7 @@ class SemanticConcept(io.ComfyNode):
     @classmethod
     def execute(cls, prompt, direction, scale, threshold, warmup, cooldown, momentum_scale, momentum_beta, weight,
                 clip=None, conditioning=None, concepts=None, masking=MASKS[0], mask=None, start=0.0):
+        known(cls, direction=direction, masking=masking)
         given = conditioning is not None
         if not given:
             if not prompt.strip():

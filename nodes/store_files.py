@@ -9,9 +9,10 @@ from comfy_api.latest import io, ui
 
 from ..attention_hooks.store import AttentionStore
 from ..files import store_file
-from ..files.places import list_files, new_file, path_of, size_of
+from ..files.places import in_words, list_files, new_file, not_written, path_of
 from . import sockets
 from .attention_inputs import CATEGORY
+from .choices import known
 from .feedback import show
 from .file_picker import FileLoader
 
@@ -45,14 +46,16 @@ class SaveAttentionStore(io.ComfyNode):
 
     @classmethod
     def execute(cls, store, filename_prefix, dtype=DTYPES[0]):
+        known(cls, dtype=dtype)
         half = dtype == "float16"
         try:
-            path, name, subfolder = new_file(filename_prefix, store_file.KIND.suffix)
-            _check_disk(os.path.dirname(path), store_file.nbytes(store, half))
-            store_file.save(path, store, half)
+            with new_file(filename_prefix, store_file.KIND.suffix) as (path, name, subfolder):
+                _check_disk(os.path.dirname(path), store_file.nbytes(store, half))
+                store_file.save(path, store, half)
+                size = os.path.getsize(path)
         except OSError as error:
-            raise ValueError(f"The store could not be written to '{filename_prefix}' ({error.strerror}).") from None
-        text = f"{'/'.join(p for p in (subfolder, name) if p)}\n{size_of(path)}, {_about(store, half)}"
+            raise not_written("The store", filename_prefix, error) from None
+        text = f"{'/'.join(p for p in (subfolder, name) if p)}\n{in_words(size)}, {_about(store, half)}"
         show(cls, text)
         return io.NodeOutput(ui={"text": [text], "stores": [ui.SavedResult(name, subfolder, io.FolderType.output)]})
 
@@ -83,10 +86,10 @@ class LoadAttentionStore(FileLoader, io.ComfyNode):
     @classmethod
     def execute(cls, file):
         path = path_of(file)
-        store_file.check(path)
-        _check_memory(os.path.getsize(path))
+        size = store_file.check(path)
+        _check_memory(size)
         store = store_file.load(path)
-        text = f"{size_of(path)}, {_about(store)}\n{store.origin.model}"
+        text = f"{in_words(size)}, {_about(store)}\n{store.origin.model}"
         show(cls, text)
         return io.NodeOutput(store, ui={"text": [text]})
 

@@ -86,14 +86,8 @@ class Overrides:
         from the prompt (its length, a mask, states of other encoders): there the whole entry is encoded anew.
         """
         negative, whole = self._guider.conds["negative"], {}
+        self._check_widths(negative)
         if self._words is not None:
-            for entry in negative:
-                here = entry["model_conds"].get("c_crossattn")
-                if here is not None and here.cond.shape[-1] != self._words.shape[-1]:
-                    raise ValueError(
-                        f"This inversion ({self._method}) prescribes words of width {self._words.shape[-1]}, this model's have "
-                        f"{here.cond.shape[-1]}: it was made with another text encoder. Invert the picture again."
-                    )
             plain = {k for k, e in enumerate(negative)
                      if type(e["model_conds"].get("c_crossattn")) is comfy.conds.CONDCrossAttn}
             if len(plain) < len(negative) and len(self._words) > 1:
@@ -122,13 +116,53 @@ class Overrides:
             made = entry["model_conds"]
             self._encoded[k] = made if k in whole else {"y": made["y"]} if "y" in made else {}
 
+    def _check_widths(self, negative):
+        """Refuse embeddings that cannot stand in the place of the negative's.
+
+        Raises:
+            ValueError: they are of another text encoder, or do not fit each other.
+        """
+        llama = "conditioning_llama3"
+        for entry in negative:
+            there = entry["model_conds"].get("c_crossattn")
+            pairs = {
+                "words of width": (self._words, None if there is None else there.cond, (-1,)),
+                "pooled words of width": (self._prescribed.get("negative_pooled"), entry.get("pooled_output"), (-1,)),
+                "layers x width of words": (self._prescribed.get(f"negative.{llama}"), entry.get(llama), (1, -1)),
+            }
+            for what, (own, here, axes) in pairs.items():
+                if own is None or here is None:
+                    continue
+                own, here = (" x ".join(str(tensor.shape[axis]) for axis in axes) for tensor in (own, here))
+                if own != here:
+                    raise ValueError(
+                        f"This inversion ({self._method}) prescribes {what} {own}, this model's have {here}: it was made "
+                        "with another text encoder. Invert the picture again."
+                    )
+        mask = self._prescribed.get("negative.attention_mask")
+        if mask is not None and self._words is not None and mask.shape[-1] != self._words.shape[-2]:
+            raise ValueError(
+                f"This inversion ({self._method}) prescribes {self._words.shape[-2]} words and a mask of {mask.shape[-1]}: it is "
+                "damaged. Invert the picture again."
+            )
+
     def _watch_values(self):
         """Mark the positive's rows, and add the patch that tells them by the mark."""
         positive = [{**entry, "uuid": uuid.uuid4(), VALUE_PRESCRIBED: True} for entry in self._guider.conds["positive"]]
-        tokens = self._value.shape[-2]
+        tokens, width = self._value.shape[-2:]
         for entry in positive:
             cross = entry["model_conds"].get("c_crossattn")
-            if cross is not None and cross.cond.shape[1] % tokens:
+            if type(cross) is not comfy.conds.CONDCrossAttn:
+                raise ValueError(
+                    f"This inversion ({self._method}) prescribes what cross-attention sees, which only U-Nets have: it is "
+                    "damaged. Invert the picture again."
+                )
+            if cross.cond.shape[2] != width:
+                raise ValueError(
+                    f"This inversion ({self._method}) prescribes values of width {width}, this model's words have "
+                    f"{cross.cond.shape[2]}: it was made with another text encoder. Invert the picture again."
+                )
+            if cross.cond.shape[1] % tokens:
                 raise ValueError(
                     f"The inversion learned {tokens} tokens, the positive prompt has {cross.cond.shape[1]}: invert "
                     "again with a source prompt of about the same length."

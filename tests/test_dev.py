@@ -126,16 +126,73 @@ def test_a_changed_requirement_is_installed_into_what_is_there(clone):
 
 
 @posix
-@pytest.mark.parametrize(("how", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_ctrl_c_and_a_stopped_job_stop_the_server_that_serve_started(ready, how, code):
+@pytest.mark.parametrize(("how", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
+def test_ctrl_c_a_stopped_job_and_a_closed_terminal_stop_the_server_that_serve_started(ready, how, code):
     process = ready.start("serve", "--port", str(dev.free_port()), "--preview-method", "auto", online=False)
     lines = iter(process.stdout.readline, "")
     url = next(line for line in lines if "is running" in line).split(" open ")[1].split()[0]
     pid = int(urllib.request.urlopen(url + "/system_stats").read())
     assert not gone(pid)
-    process.send_signal(how)  # to dev.py alone: a terminal would also reach the server
+    process.send_signal(getattr(signal, how))  # to dev.py alone: a terminal would also reach the server
     assert process.wait(timeout=30) == code
     assert gone(pid)
+
+
+@posix
+@pytest.mark.parametrize(("how", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
+def test_a_session_of_pytest_may_stop_its_own_server(ready, how, code):
+    process = ready.start("test", "-waits", online=False)
+    lines = iter(process.stdout.readline, "")
+    pid = int(next(line for line in lines if line.startswith("its server is")).split()[-1])
+    process.send_signal(getattr(signal, how))
+    assert process.wait(timeout=60) == code
+    assert gone(pid)
+
+
+@posix
+def test_under_nohup_a_closed_terminal_is_nothing(ready):
+    command = ["nohup", sys.executable, ready.root / "dev.py", "serve"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+                               env=ready.environment(online=False))
+    url = next(line for line in iter(process.stdout.readline, "") if "is running" in line).split(" open ")[1].split()[0]
+    process.send_signal(signal.SIGHUP)
+    time.sleep(0.5)
+    assert process.poll() is None and urllib.request.urlopen(url + "/system_stats").read()
+    process.terminate()
+    assert process.wait(timeout=30) == 143
+
+
+@pytest.mark.parametrize("port", ["99999", "0", "-1", "65536", "port", "9" * 50])
+def test_a_port_that_is_none_is_refused(ready, port):
+    for given in ([f"--port={port}"], ["--port", port]):
+        refused(ready.run("serve", *given, online=False), f"--port is {port[:40]}", "from 1 to 65535")
+
+
+@pytest.mark.parametrize("torn", [b"", b"unfin", b"\xff\xfe", "f\u00fcr".encode()[:2]])
+def test_a_torn_note_of_the_set_up_is_made_anew(clone, torn):
+    clone.run("bench")
+    clone.state.write_bytes(torn)
+    code, output, errors = clone.run("bench")
+    assert (code, errors) == (0, ""), output + errors
+    assert len(clone.state.read_text()) == 64
+
+
+@posix
+@pytest.mark.skipif(sys.platform != "linux", reason="mounts a folder")
+def test_a_folder_that_is_read_only_is_a_sentence(tmp_path):
+    if os.geteuid():
+        (clone := Clone(tmp_path)).root.chmod(0o555)
+        refused(clone.run("bench"), str(clone.root), "cannot be used")
+        clone.root.chmod(0o755)
+        return
+    clone = Clone(tmp_path)
+    if subprocess.call(["mount", "--bind", clone.root, clone.root], stderr=subprocess.DEVNULL):
+        pytest.skip("nothing can be mounted here")
+    try:
+        subprocess.check_call(["mount", "-o", "remount,ro,bind", clone.root])
+        refused(clone.run("bench"), str(clone.root), "cannot be used", "Read-only file system")
+    finally:
+        subprocess.check_call(["umount", clone.root])
 
 
 def test_a_port_in_use_is_refused(ready):
@@ -266,6 +323,8 @@ def test_an_unsupported_python_is_told_which_ones_are(clone, version):
 
 @pytest.mark.parametrize(("settings", "words"), [
     ({"COMFYUI_PATH": "nowhere"}, "no main.py"),
+    ({"COMFYUI_PATH": "~nosuchuser"}, "is ~nosuchuser, which cannot be read"),
+    ({"COMFYUI_PATH": "x" * 300}, "cannot be read"),
     ({"COMFYUI_PYTHON": "python3"}, "COMFYUI_PATH is not"),
     ({"COMFYUI_PATH": "comfy", "COMFYUI_PYTHON": "no-such-python"}, "no-such-python, which is not a program"),
     ({"COMFYUI_VERSION": "0.1.2"}, "only 0.30.0 and 0.18.2"),

@@ -7,8 +7,6 @@ import time
 
 import comfy.samplers
 import pytest
-import safetensors
-import safetensors.torch
 import torch
 from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
 from comfyui_ledits.attention_hooks import blocks
@@ -138,8 +136,10 @@ def test_numbers_that_no_latent_has_are_refused(tmp_path):
     assert "impossible scale" in soon(lambda: latent_formats.make({"name": "SD15", "scale_factor": 1e-300}))
 
 
-@pytest.mark.parametrize("settings", [{"tau_v": None}, {"tau_v": 7}, {"cfg": 10**400}, {"note": "\ud800"}, {"draws": 0},
-                                      {"draws": 2}, {"draws": "many"}])
+@pytest.mark.parametrize("settings", [
+    {"tau_v": None}, {"tau_v": 7}, {"cfg": 10**400}, {"note": "\ud800"}, {"\ud800": 1}, {"notes": [[1, {"a": "\udfff"}]]},
+    {"draws": 0}, {"draws": 2}, {"draws": "many"}, {"noise_scale": 0}, {"noise_scale": None}, {"noise_scale": "1"},
+])
 def test_settings_that_the_next_node_would_fall_over_are_refused(tmp_path, settings):
     path = runs.invert(EditFriendlyInversion, "sd1", steps=4)[0]
     inversion_file.save(tmp_path / "x.safetensors", path, latent_formats.describe(path.latent_format))
@@ -148,37 +148,46 @@ def test_settings_that_the_next_node_would_fall_over_are_refused(tmp_path, setti
     assert "cannot be loaded" in soon(lambda: inversion_file.load(tmp_path / "x.safetensors", latent_formats.make))
 
 
-def test_a_full_disk_is_an_error_of_the_disk(tmp_path, monkeypatch):
-    """safetensors has an error of its own for it."""
+def damaged(kind, **overrides):
+    path = runs.invert(NegativePromptInversion, kind, steps=4, scheduler="simple")[0]
+    return dataclasses.replace(path, overrides={**path.overrides, **overrides})
+
+
+WRONG = {  # words of the refusal: (kind of model, overrides)
+    "words of width 5, this model's have 32": ("sd1", {"negative": torch.ones(1, 1, 77, 5)}),
+    "pooled words of width 5, this model's have 24": ("sdxl", {"negative_pooled": torch.ones(1, 5)}),
+    "pooled words of width 6": ("flux", {"negative_pooled": torch.ones(1, 6)}),
+    "layers x width of words 2 x 5": ("hidream", {"negative.conditioning_llama3": torch.ones(1, 2, 12, 5)}),
+    "layers x width of words 1 x 32": ("hidream", {"negative.conditioning_llama3": torch.ones(1, 1, 12, 32)}),
+    "12 words and a mask of 7": ("qwen", {"negative.attention_mask": torch.ones(1, 7)}),
+    "values for 2 steps": ("sd1", {"value": torch.ones(2, 1, 2, 77, tiny.CONTEXT)}),
+    "values of width 9": ("sd1", {"value": torch.ones(4, 1, 2, 77, 9)}),
+    "which only U-Nets have": ("flux", {"value": torch.ones(4, 1, 2, 12, 32)}),
+    "other words at every step": ("flux", {"negative": torch.ones(4, 1, 12, 32)}),
+}
+
+
+@pytest.mark.parametrize("words", WRONG)
+def test_embeddings_that_do_not_fit_the_model_are_refused_before_it_runs(words):
+    kind, overrides = WRONG[words]
+    path = damaged(kind, **overrides)
+    network, calls = model(kind).model.diffusion_model, []
+    handle = network.register_forward_pre_hook(lambda *_: calls.append(1))
+    try:
+        assert words in soon(lambda: edit(kind, path, cfg=2.0))
+        assert not calls
+        edit(kind, damaged(kind), cfg=2.0)
+        assert calls
+    finally:
+        handle.remove()
+
+
+def test_latents_of_another_number_of_channels_are_refused_before_the_model_runs():
     path = runs.invert(EditFriendlyInversion, "sd1", steps=4)[0]
-
-    def fails(*_):
-        raise safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-
-    monkeypatch.setattr(safetensors.torch, "save_file", fails)
-    with pytest.raises(OSError, match="No space left"):
-        inversion_file.save(tmp_path / "x.safetensors", path, latent_formats.describe(path.latent_format))
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_saved_file_has_the_mode_of_any_other(tmp_path):
-    path, other = runs.invert(EditFriendlyInversion, "sd1", steps=4)[0], tmp_path / "other"
-    other.write_text("")
-    inversion_file.save(tmp_path / "x.safetensors", path, latent_formats.describe(path.latent_format))
-    assert (tmp_path / "x.safetensors").stat().st_mode == other.stat().st_mode
-
-
-def test_records_that_do_not_fit_the_model_are_refused_before_it_runs():
-    path = runs.invert(NegativePromptInversion, "sd1", steps=4)[0]
-    wrong = {
-        "damaged": dataclasses.replace(path, latents=path.latents.repeat(1, 1, 4, 1, 1)),
-        "another text encoder": dataclasses.replace(path, overrides={"negative": torch.randn(1, 1, 77, 5)}),
-        "prescribes values for 2 steps": dataclasses.replace(path, overrides={"value": torch.randn(2, 1, 2, 77, tiny.CONTEXT)}),
-    }
-    for words, inversion in wrong.items():
-        with tiny.Calls(model()) as calls:
-            assert words in soon(lambda inversion=inversion: edit("sd1", inversion, cfg=2.0))
-        assert not calls.calls
+    path = dataclasses.replace(path, residuals=path.residuals.repeat(1, 1, 4, 1, 1), latents=path.latents.repeat(1, 1, 4, 1, 1))
+    with tiny.Calls(model()) as calls:
+        assert "16 channels in 2 dimensions, this model of 4" in soon(lambda: edit("sd1", path, cfg=2.0))
+    assert not calls.calls
 
 
 def test_refusals_say_whose_the_fault_is():

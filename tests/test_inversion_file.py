@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("inference_mode")
 ])
 def test_everything_in_a_record_comes_back(tmp_path, residuals, shapes):
     own = {name: torch.randn(shape) for name, shape in shapes.items()}
-    made, _ = record(residuals=residuals, overrides=own, cfg=3.5, scheduler="normal", etas=[1, 0.5], flag=True, nothing=None,
+    made, _ = record(residuals=residuals, overrides=own, cfg=3.5, tau_v=0.5, etas=[1, 0.5], flag=True, nothing=None,
                      source_prompt='two "cats"\n\u00e9\u732b')
     back, cost = saved(tmp_path / "x", made)
     assert cost is None
@@ -70,7 +70,7 @@ def test_safetensors_reads_the_file_too(tmp_path):
     assert torch.equal(safetensors.torch.load_file(tmp_path / "x")["latents"], made.latents)
     with safetensors.safe_open(tmp_path / "x", "pt") as file:
         words = file.metadata()
-    assert (words["format"], words["version"], words["dtype"]) == ("ledits-inversion", "1", "float32")
+    assert (words["format"], words["version"], words["dtype"]) == ("ledits-inversion", "2", "float32")
     assert words["source_sha256"] == hashlib.sha256(made.latents[-1].numpy().tobytes()).hexdigest()
 
 
@@ -147,7 +147,7 @@ REFUSED = {  # name: (what to do to the file, words of the refusal)
     "header of 2^63": (lambda raw: struct.pack("<Q", 2**63) + raw[8:], "header is cut off"),
     "huge header": (lambda raw: struct.pack("<Q", 70000) + b"{" + b" " * 69999 + raw, "70000 bytes"),
     "nested header": (lambda raw: struct.pack("<Q", 60000) + b'{"a":' * 12000, "header cannot be read"),
-    "newer": (lambda raw: change(raw, word("version", "2")), "newer version of this pack"),
+    "newer": (lambda raw: change(raw, word("version", "3")), "newer version of this pack"),
     "no version": (lambda raw: change(raw, word("version", "x")), "version"),
     "other numbers": (lambda raw: raw[:-9] + b"\0" + raw[-8:], "damaged"),
     "negative offset": (lambda raw: change(raw, item("etas", "data_offsets", [-4, 20]), sign=False), "outside of the file"),
@@ -172,7 +172,21 @@ REFUSED = {  # name: (what to do to the file, words of the refusal)
     "scale 0": (lambda raw: change(raw, word("latent_format", '{"name": "SD15", "scale_factor": 0}')), "impossible scale"),
     "settings": (lambda raw: change(raw, word("settings", "[" * 20000)), "settings"),
     "lines in the name": (lambda raw: change(raw, word("method", "a\nb")), "plain words"),
+    "half a letter": (lambda raw: change(raw, word("source_prompt", "a \ud800")), "not words"),
+    "another picture": (lambda raw: change(raw, word("source_sha256", "0" * 64)), "another picture"),
+    "values for too few steps": (lambda raw: change(raw, with_values(4)), "values for 4 of 6 steps"),
 }
+
+
+def with_values(steps):
+    """An edit that adds embeddings for `to_v` at some steps."""
+    def edit(parts):
+        numbers = numpy.ones((steps, 1, 2, 5, 3), "<f4").tobytes()
+        begin = len(parts.data)
+        parts.data += numbers
+        parts.header["overrides.value"] = {"dtype": "F32", "shape": [steps, 1, 2, 5, 3],
+                                           "data_offsets": [begin, begin + len(numbers)]}
+    return edit
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +206,8 @@ def test_it_is_refused_with_a_sentence(tmp_path, raw, name):
     assert words in str(error.value) and len(str(error.value)) < 300
     assert str(error.value).endswith((". Choose a file that Save Inversion has written, or invert the picture again.",
                                       ": update the pack to load it."))
-    if name in ("other numbers", "NaN", "NaN in sigmas", "not descending", "eta 2"):
+    if name in ("other numbers", "NaN", "NaN in sigmas", "not descending", "eta 2", "another picture",
+                "values for too few steps"):
         inversion_file.check(path, latent_formats.make)
     else:  # told from the header alone
         with pytest.raises(ValueError) as early:
@@ -204,6 +219,32 @@ def test_an_untouched_file_is_not_refused(tmp_path, raw):
     (tmp_path / "x").write_bytes(change(raw, lambda p: None))
     inversion_file.check(tmp_path / "x", latent_formats.make)
     assert inversion_file.load(tmp_path / "x", latent_formats.make).steps == 6
+
+
+def old(raw):
+    """The same file in version 1, whose checksum is of the tensors alone."""
+    return change(raw, word("version", "1"))
+
+
+def test_files_of_version_1_are_still_read(tmp_path, raw):
+    (tmp_path / "x").write_bytes(raw)
+    (tmp_path / "old").write_bytes(old(raw))
+    new, back = (inversion_file.load(tmp_path / name, latent_formats.make) for name in ("x", "old"))
+    assert torch.equal(new.latents, back.latents) and torch.equal(new.residuals, back.residuals)
+    assert (new.method, new.model, new.settings) == (back.method, back.model, back.settings)
+
+
+@pytest.mark.parametrize("key", ["method", "model", "settings", "latent_format", "source_prompt", "version"])
+def test_words_that_were_changed_are_refused(tmp_path, raw, key):
+    """Words as sane as those that were saved: only the checksum tells."""
+    other = {"method": "DDIM", "model": "BaseModel, SD16", "settings": '{"cfg": 3.0}', "source_prompt": "a dog",
+             "latent_format": '{"name": "SD15", "scale_factor": 0.2}', "version": "1"}[key]
+    (tmp_path / "x").write_bytes(change(raw, word(key, other), sign=False))
+    with pytest.raises(ValueError, match="not those that were saved: it is damaged"):
+        inversion_file.load(tmp_path / "x", latent_formats.make)
+    if key != "version":
+        (tmp_path / "x").write_bytes(change(old(raw), word(key, other), sign=False))
+        inversion_file.load(tmp_path / "x", latent_formats.make)  # version 1 could not tell
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
@@ -225,7 +266,7 @@ def test_200_damaged_files(tmp_path):
 
 def test_what_is_loaded_safetensors_accepts_as_well(tmp_path, raw):
     checked = 0
-    for _, damaged in mutations.mutations(raw, 204, seed=5):
+    for _, damaged in mutations.mutations(raw, 408, seed=5):
         (tmp_path / "x").write_bytes(damaged)
         try:
             back = inversion_file.load(tmp_path / "x", latent_formats.make)

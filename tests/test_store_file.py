@@ -1,6 +1,7 @@
 """Attention stores as files: the same edits after the detour, the same refusals, and any other file is refused."""
 import dataclasses
 import hashlib
+import json
 import pickle
 import struct
 
@@ -85,8 +86,9 @@ def test_safetensors_reads_the_file_too(tmp_path):
     assert torch.equal(theirs["about/source"], store.origin.prompts["source"])
     with safe_open(tmp_path / NAME, "pt") as file:
         words = file.metadata()
-    assert (words["format"], words["version"], words["dtype"]) == ("ledits-attention-store", "1", "float32")
-    digest = hashlib.sha256()
+    assert (words["format"], words["version"], words["dtype"]) == ("ledits-attention-store", "2", "float32")
+    lines = [f"{json.dumps([key, words[key]])}\n" for key in sorted(words) if key != "sha256"]
+    digest = hashlib.sha256("".join(lines).encode())
     for name in sorted(theirs):
         digest.update(f"{name} F32 {list(theirs[name].shape)}\n".encode() + theirs[name].numpy().tobytes())
     assert words["sha256"] == digest.hexdigest()
@@ -163,7 +165,7 @@ REFUSED = {  # name: (what to do to the file, words of the refusal)
     "an inversion": (lambda raw: change(raw, word("format", "ledits-inversion")), "another kind of file"),
     "cut short": (lambda raw: raw[:-1], "cut off"),
     "huge header": (lambda raw: struct.pack("<Q", 140000) + b"{" + b" " * 139999 + raw, "140000 bytes"),
-    "newer": (lambda raw: change(raw, word("version", "2")), "newer version of this pack"),
+    "newer": (lambda raw: change(raw, word("version", "3")), "newer version of this pack"),
     "no version": (lambda raw: change(raw, word("version", "x")), "version"),
     "other numbers": (lambda raw: raw[:-9] + b"\0" + raw[-8:], "damaged"),
     "NaN": (lambda raw: change(raw, lambda p: p.numbers(KEY, [0.0, float("nan")])), "NaN"),
@@ -222,6 +224,18 @@ def test_an_untouched_file_is_not_refused(tmp_path, raw):
     (tmp_path / NAME).write_bytes(change(raw, lambda p: None))
     store_file.check(tmp_path / NAME)
     assert same(store_file.load(tmp_path / NAME), by_hand())
+
+
+def test_the_checksum_is_of_the_words_too_but_in_version_1(tmp_path, raw):
+    path = tmp_path / NAME
+    path.write_bytes(change(raw, word("model", "BaseModel, SD16"), sign=False))
+    with pytest.raises(ValueError, match="not those that were saved: it is damaged"):
+        store_file.load(path)
+    old = change(raw, word("version", "1"))
+    path.write_bytes(old)
+    assert same(store_file.load(path), by_hand())
+    path.write_bytes(change(old, word("model", "BaseModel, SD16"), sign=False))
+    assert store_file.load(path).origin.model == "BaseModel, SD16"
 
 
 def test_200_damaged_files(tmp_path):

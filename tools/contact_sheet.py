@@ -6,6 +6,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 CELL, GAP, TEXT, HEAD = 224, 16, 15, 20  # pixels: side of a cell, space between, sizes of the letters
+LINES = 12  # of words under a picture
 PAPER, INK, GREY = (255, 255, 255), (20, 20, 20), (90, 90, 90)
 
 
@@ -16,11 +17,11 @@ def _font(size):
 def _image(picture):
     image = Image.fromarray(np.rint(np.clip(picture, 0, 1) * 255).astype(np.uint8))
     scale = CELL / max(image.size)
-    return image.resize([round(side * scale) for side in image.size], Image.Resampling.LANCZOS)
+    return image.resize([max(round(side * scale), 1) for side in image.size], Image.Resampling.LANCZOS)
 
 
 def _wrapped(text):
-    return textwrap.wrap(text, int(CELL / (TEXT * 0.52))) or [""]
+    return textwrap.wrap(text, int(CELL / (TEXT * 0.52)), max_lines=LINES, placeholder=" ...") or [""]
 
 
 def draw(heads, lines):

@@ -30,4 +30,7 @@ def main(name, arguments):
 
 
 if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):  # a name or a prompt may hold what the terminal's encoding lacks
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     sys.exit(main(sys.argv[1], sys.argv[2:]))

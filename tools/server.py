@@ -1,6 +1,7 @@
 """Runs things in what `setup.py` made: Python, and a ComfyUI server. Standard library only; dev.py alone imports it."""
 import contextlib
 import os
+import signal
 import socket
 import subprocess
 import tempfile
@@ -13,18 +14,54 @@ from .setup import ROOT, Stop, log_since, say, stop_process
 def run_inside(home, *command):
     """Run Python inside the set-up, with the screen as it is; its exit code."""
     environment = dict(os.environ, COMFYUI_PATH=str(home.comfyui), PYTHONUNBUFFERED="1")
-    return subprocess.call([str(part) for part in (home.python, *command)], cwd=ROOT, env=environment)
+    process = subprocess.Popen([str(part) for part in (home.python, *command)], cwd=ROOT, env=environment)
+    try:
+        return process.wait()
+    except BaseException as why:  # it may have a server of its own to stop
+        if isinstance(why, KeyboardInterrupt):  # which a terminal sends to it too
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=5)
+        if os.name != "nt" and process.poll() is None:
+            process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=15)
+        stop_process(process)
+        raise
 
 
 def free_port(wanted=0):
     with socket.socket() as probe:
-        if os.name != "nt":  # a server that has just ended must not count as there; on Windows this means another thing
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        _reuse(probe)
         try:
             probe.bind(("127.0.0.1", wanted))
         except OSError:
             return free_port()
         return probe.getsockname()[1]
+
+
+def port_asked_for(text):
+    """The port that the user wants.
+
+    Raises:
+        Stop: it cannot be had.
+    """
+    number = int(text) if text.isascii() and text.isdigit() and len(text) < 9 else -1
+    if not 1 <= number <= 65535:
+        raise Stop(f"--port is {text[:40]}: choose a number from 1 to 65535, or leave --port out.")
+    try:
+        with socket.socket() as probe:
+            _reuse(probe)
+            probe.bind(("127.0.0.1", number))
+    except PermissionError:
+        raise Stop(f"Port {number} needs the rights of an administrator: choose one above 1023, or leave --port out.") from None
+    except OSError:
+        raise Stop(f"Port {number} is taken by another program: choose another one, or leave --port out.") from None
+    return number
+
+
+def _reuse(probe):
+    if os.name != "nt":  # a server that has just ended must not count as there; on Windows this means another thing
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
 
 
 def has_gpu(python):

@@ -97,14 +97,23 @@ def settings():
         raise Stop("COMFYUI_PYTHON is set but COMFYUI_PATH is not: set both, or neither.")
     if python and not shutil.which(python):
         raise Stop(f"COMFYUI_PYTHON is {python}, which is not a program: set it to the Python that runs your ComfyUI.")
-    comfyui = comfyui and pathlib.Path(comfyui).expanduser().resolve()
-    if comfyui and not ((comfyui / "main.py").is_file() and (comfyui / "requirements.txt").is_file()):
-        raise Stop(f"COMFYUI_PATH is {comfyui}, which has no main.py and requirements.txt: set it to the folder of a "
-                   "ComfyUI, or unset it to have one unpacked here.")
+    comfyui = comfyui and folder_of_comfyui(comfyui)
     if version not in COMFYUI_SOURCES:
         raise Stop(f"COMFYUI_VERSION is {version}, but only {' and '.join(COMFYUI_SOURCES)} can be unpacked: set it to "
                    "one of them, or set COMFYUI_PATH to the folder of another ComfyUI.")
     return python and pathlib.Path(shutil.which(python)).absolute(), comfyui, version
+
+
+def folder_of_comfyui(given):
+    """The folder that COMFYUI_PATH names."""
+    wanted = "set it to the folder of a ComfyUI, or unset it to have one unpacked here"
+    try:
+        folder = pathlib.Path(given).expanduser().resolve()
+        if (folder / "main.py").is_file() and (folder / "requirements.txt").is_file():
+            return folder
+    except (OSError, RuntimeError) as error:  # no such user, a link to itself, a name that is too long
+        raise Stop(f"COMFYUI_PATH is {given}, which cannot be read ({error}): {wanted}.") from None
+    raise Stop(f"COMFYUI_PATH is {folder}, which has no main.py and requirements.txt: {wanted}.")
 
 
 @contextlib.contextmanager
@@ -139,7 +148,7 @@ def state(venv, new=None):
     file = venv / ".ledits-setup"
     if new is not None:
         file.write_text(new, "utf-8")
-    return file.read_text("utf-8") if file.is_file() else ""
+    return file.read_text("utf-8", "replace") if file.is_file() else ""  # it may have been torn
 
 
 def ready_venv(venv):
@@ -173,7 +182,7 @@ def version_of(python):
 
 def install_packages(venv, python, comfyui):
     requirements = comfyui / "requirements.txt"
-    wanted = json.dumps([requirements.read_text("utf-8"), REQUIREMENTS.read_text("utf-8"), version_of(python)])
+    wanted = json.dumps([requirements.read_text("utf-8", "replace"), REQUIREMENTS.read_text("utf-8"), version_of(python)])
     wanted = hashlib.sha256(wanted.encode()).hexdigest()
     before = state(venv)
     if before == wanted:

@@ -33,8 +33,11 @@ class Parts:
         return {k: v for k, v in self.header.items() if k != "__metadata__"}
 
     def signed(self):
-        """With the checksum of the data as they are."""
-        digest = hashlib.sha256()
+        """With the checksum of the data as they are, and of the words unless the file is of version 1."""
+        digest, held = hashlib.sha256(), self.header["__metadata__"]
+        if held.get("version") != "1":
+            for key in sorted(held.keys() - {"sha256"}):
+                digest.update(f"[{json.dumps(key)}, {json.dumps(held[key])}]\n".encode())
         for name, item in sorted(self.tensors.items()):
             digest.update(f"{name} {item['dtype']} {item['shape']}\n".encode())
             digest.update(self.data[slice(*item["data_offsets"])])
@@ -153,6 +156,19 @@ def metadata(raw, rng):
     return parts.bytes()
 
 
+def words(raw, rng):
+    """One letter or digit of the words is another, so that the JSON stays one."""
+    parts = Parts(raw)
+    held = parts.header["__metadata__"]
+    key = rng.choice(sorted(held))
+    places = [i for i, letter in enumerate(held[key]) if letter.isalnum()]
+    if places:
+        at = rng.choice(places)
+        other = rng.choice("0123456789" if held[key][at].isdigit() else "abcdefgxyz")
+        held[key] = held[key][:at] + other + held[key][at + 1 :]
+    return parts.bytes()
+
+
 def numbers(raw, rng):
     parts = Parts(raw)
     values = [[float("nan")], [float("inf")], [-1.0], [1e30, 1e30], [0.0, 1.0, 2.0]]
@@ -180,6 +196,17 @@ def mutations(raw, count, seed=20):
     for i in range(count):
         kind = KINDS[i % len(KINDS)]
         yield kind.__name__, kind(raw, rng)
+
+
+def unsigned(raw, count, seed):
+    """As `mutations`, of those kinds alone that leave the checksum as it was, or spoil it."""
+    rng = random.Random(seed)
+    kinds = [flips, header_flips, cut, longer, lengths, offsets, metadata, words, bombs]
+    for i in range(count):
+        kind = kinds[i % len(kinds)]
+        damaged = kind(raw, rng)
+        if damaged != raw:
+            yield kind.__name__, damaged
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import importlib.util
 import io
 import os
 import re
+import signal
 import subprocess
 import sys
 import tarfile
@@ -15,7 +16,19 @@ import pytest
 
 import dev
 
-PYTEST = "import sys; print('pytest got', sys.argv[1:]); sys.exit(3)"
+PYTEST = """
+import os, subprocess, sys, time
+print('pytest got', sys.argv[1:], flush=True)
+if "-waits" in sys.argv:  # with a server of its own, as a session of pytest
+    server = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
+    try:
+        print("its server is", server.pid, flush=True)
+        time.sleep(100)
+    finally:
+        server.kill()
+        server.wait()
+sys.exit(3)
+"""
 TORCH = """
 class No:
     def is_available(self): return False
@@ -80,6 +93,12 @@ def make_source(folder, name, version, files=(), action="pass"):
     return path
 
 
+def _usual_signals():
+    """In the new process, as in a terminal: a shell that runs the tests in the background has some ignored."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 class Clone:
     """A folder with a copy of dev.py and what it needs; `run` runs a command of it."""
 
@@ -116,7 +135,7 @@ class Clone:
     def start(self, *command, online=True, **environment):
         return subprocess.Popen([sys.executable, self.root / "dev.py", *command], cwd=self.root.parent, text=True,
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                env=self.environment(online, **environment))
+                                preexec_fn=None if os.name == "nt" else _usual_signals, env=self.environment(online, **environment))
 
     def run(self, *command, online=True, **environment):
         """(exit code, output, errors)"""

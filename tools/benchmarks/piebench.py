@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 MAPPING, PICTURES = "mapping_file.json", "annotation_images"
+LONGEST = 200  # bytes of an id, which names files
 TYPES = ("random", "change object", "add object", "delete object", "change content", "change pose or place",
          "change colour", "change material", "change background", "change style")
 """What the numbers of `editing_type_id` stand for."""
@@ -111,24 +112,37 @@ def load(folder):
     items, problems = [], []
     for key, entry in mapping.items():
         try:
-            items.append(_item(folder, str(key), entry))
+            items.append(_item(folder, key, entry))
         except Problem as problem:
-            problems.append(f"{key} is left out: {problem}.")
+            problems.append(f"{shown(key)} is left out: {shown(problem, 300)}.")
+        except Exception as error:  # one entry that nobody foresaw is no reason to measure none
+            problems.append(f"{shown(key)} is left out: it cannot be used ({shown(repr(error), 300)}).")
     if not items:
         what = problems[0] if problems else "it is empty"
         raise Problem(f"Nothing in {folder / MAPPING} can be used. {what}")
     return items, problems
 
 
+def shown(text, most=80):
+    """A text from a file as it can be printed and kept: on one line, not too long, halves of letters and the like escaped."""
+    plain = "".join(c if c.isprintable() else " " if c.isspace() else c.encode("unicode_escape").decode() for c in str(text))
+    plain = plain.encode("utf-8", "backslashreplace").decode("utf-8")
+    return plain if len(plain) <= most else plain[: most - 3] + "..."
+
+
+def _number(digits):
+    return int(digits) if len(digits) < 30 else float("inf")  # which no entry means, and Python may refuse to read
+
+
 def _read(folder):
     path = folder / MAPPING
     try:
-        mapping = json.loads(path.read_text("utf-8"))
+        mapping = json.loads(path.read_text("utf-8-sig"), parse_int=_number)
     except OSError:
         raise Problem(
             f"{folder} has no {MAPPING}: give the folder of PIE-Bench that holds it beside {PICTURES}."
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Problem(f"{path} is not JSON ({error}): download it again.") from None
     if not isinstance(mapping, dict):
         raise Problem(f"{path} is not PIE-Bench's mapping: it holds no entries by id.")
@@ -140,12 +154,17 @@ def _item(folder, key, entry):
         value = entry.get(name, default)
         if not isinstance(value, str):
             raise Problem(f"its {name} is missing or no text")
+        if "\0" in value or value != value.encode("utf-8", "ignore").decode("utf-8"):
+            raise Problem(f"its {name} holds what is no letter")
         return value
 
     if not isinstance(entry, dict):
         raise Problem("its entry is no set of fields")
-    if not re.fullmatch(r"[\w.-]+", key):
+    if not re.fullmatch(r"[\w.-]+", key) or len(key.encode()) > LONGEST:
         raise Problem("its id cannot be a file name")
+    truth = entry.get("truth")
+    if truth is not None and not (isinstance(truth, dict) and isinstance(truth.get("target"), str)):
+        raise Problem("its truth does not say what the target is")
     number = str(entry.get("editing_type_id"))
     if number not in map(str, range(len(TYPES))):
         raise Problem(f"its editing_type_id is {number}, not one of 0 to {len(TYPES) - 1}")
@@ -156,15 +175,19 @@ def _item(folder, key, entry):
     runs = entry.get("mask")
     decode(runs, *_size(path))
     return Item(key, int(number), path, plain(source), plain(target), marked(source), marked(target),
-                tuple(text("blended_word", "").split()[:2]), tuple(runs), entry.get("truth"))
+                tuple(text("blended_word", "").split()[:2]), tuple(runs), truth)
 
 
 def _picture(folder, name):
     path = folder / name
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise Problem(f"its picture {name} is not inside {PICTURES}")
-    if not path.is_file():
-        raise Problem(f"its picture {name} is missing in {folder}")
+    try:
+        inside, there = path.resolve().is_relative_to(folder.resolve()), path.is_file()
+    except (OSError, RuntimeError) as error:  # a name that is too long, a link to itself
+        raise Problem(f"its picture {shown(name)} cannot be read ({error})") from None
+    if not inside:
+        raise Problem(f"its picture {shown(name)} is not inside {PICTURES}")
+    if not there:
+        raise Problem(f"its picture {shown(name)} is missing in {folder}")
     return path
 
 
@@ -173,7 +196,7 @@ def _size(path):
     try:
         with Image.open(path) as image:
             width, height = image.size
-    except (OSError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow has many for a damaged file
         raise Problem(f"its picture {path.name} cannot be read ({error})") from None
     if width % 8 or height % 8:
         raise Problem(f"its picture {path.name} is {width} x {height}: both must be multiples of 8")

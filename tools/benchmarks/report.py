@@ -6,6 +6,8 @@ import csv
 import math
 from dataclasses import dataclass
 
+import numpy as np
+
 from ...evaluation.metrics import METRICS
 from ...evaluation.table import mean_of
 from .. import contact_sheet
@@ -127,8 +129,7 @@ def _sheets(book, items, chosen):
         if not own:
             continue
         made = [method for method in chosen if any(book.edit_path(item.key, method).is_file() for item in own)]
-        true = [None if item.truth is None else item.path.parents[2] / "targets" / item.truth["target"] for item in own]
-        true = [path if path is not None and path.is_file() else None for path in true]
+        true = [_true_target(item) for item in own]
         heads = ["source", *(["true target"] if any(true) else []), *made]
         lines = [_line(book, item, made, path, any(true)) for item, path in zip(own, true)]
         folder.mkdir(exist_ok=True)
@@ -136,14 +137,28 @@ def _sheets(book, items, chosen):
         contact_sheet.draw(heads, lines).save(folder / name, quality=85)
 
 
+def _true_target(item):
+    """The path of Demo-Bench's true target, or None."""
+    if item.truth is None:
+        return None
+    path = item.path.parents[2] / "targets" / item.truth["target"]
+    return path if path.is_file() else None
+
+
 def _line(book, item, made, true, with_truth):
-    source = piebench.picture_of(item.path.read_bytes())
-    cells = [(item.source, source)]
+    cells = [_cell(item.source, item.path)]
     if with_truth:
-        cells.append((item.target, source * 0 + 1 if true is None else piebench.picture_of(true.read_bytes())))
+        cells.append(_cell(item.target, true))
     for method in made:
-        path = book.edit_path(item.key, method)
         row = book.rows.get((item.key, method), {})
         words = item.target if not row.get("success") else "made" if float(row["success"]) else "not made"
-        cells.append((words, piebench.picture_of(path.read_bytes())) if path.is_file() else ("failed", source * 0 + 1))
+        cells.append(_cell(words, book.edit_path(item.key, method), "failed"))
     return cells
+
+
+def _cell(words, path, otherwise="cannot be read"):
+    """(words, picture) of an image file; an empty cell where it is missing or damaged."""
+    try:
+        return words, piebench.picture_of(path.read_bytes())
+    except Exception:  # Pillow has many for a damaged file
+        return words if path is None else otherwise, np.ones((8, 8, 3), np.float32)

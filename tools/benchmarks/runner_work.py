@@ -70,7 +70,14 @@ class Result:
 
 def failed(item, method, problem):
     """The `Result` of an edit that gave no picture."""
-    return Result({"key": item.key, "type": item.type, "method": method, "error": str(problem)}, None)
+    return Result({"key": item.key, "type": item.type, "method": method, "error": piebench.shown(problem, 1000)}, None)
+
+
+def reason(problem):
+    """Why an edit gave no result, of whatever kind: one edit that nobody foresaw is no reason to make none."""
+    if isinstance(problem, ComfyError):
+        return problem
+    return f"The result could not be used ({problem!r}): look at the server's log."
 
 
 def work(job, client):
@@ -83,33 +90,40 @@ def work(job, client):
     """
     try:
         source = piebench.picture_of(job.picture)
-    except (OSError, SyntaxError, ValueError) as error:
+    except Exception as error:  # Pillow has many for a damaged file
         for method in job.methods:
             yield failed(job.item, method, f"The picture {job.item.path.name} cannot be read: {error}.")
         return
-    # as PNG, so that the model sees the pixels that are scored, whatever decodes JPEG there
-    image = client.upload(f"{job.item.key}.png", "ledits-benchmark", piebench.png_of(source), "temp")
     queued, ended = {}, set()
     try:
+        try:
+            # as PNG, so that the model sees the pixels that are scored, whatever decodes JPEG there
+            image = client.upload(f"{job.item.key}.png", "ledits-benchmark", piebench.png_of(source), "temp")
+        except NoAnswer:
+            raise
+        except Exception as problem:
+            for method in job.methods:
+                yield failed(job.item, method, reason(problem))
+            return
         for method in job.methods:
             try:
                 queued[method] = client.queue(table_methods.build(method, job.item, image, job.settings))
             except NoAnswer:
                 raise
-            except ComfyError as problem:
-                yield failed(job.item, method, problem)
+            except Exception as problem:
+                yield failed(job.item, method, reason(problem))
         for method, prompt_id in queued.items():
             try:
                 entry = client.wait(prompt_id, seconds=24 * 3600)
                 ended.add(prompt_id)
                 edited = client.fetch(entry["outputs"][table_methods.SHOWN]["images"][0])
-                yield Result(_row(job, method, source, edited, entry), edited)
+                result = Result(_row(job, method, source, edited, entry), edited)
             except NoAnswer:
                 raise
-            except (ComfyError, KeyError, ValueError) as problem:
+            except Exception as problem:
                 ended.add(prompt_id)
-                yield failed(job.item, method, problem if isinstance(problem, ComfyError) else
-                             f"The result could not be used ({problem!r}): look at the server's log.")
+                result = failed(job.item, method, reason(problem))
+            yield result
     finally:
         if left := set(queued.values()) - ended:
             try:
