@@ -8,7 +8,7 @@ from comfy_api.latest import io, ui
 from ..files import inversion_file, latent_formats
 from ..files.places import list_files, new_file, path_of, size_of
 from . import sockets
-from .feedback import show
+from .feedback import saved_words, show
 from .file_picker import FileLoader
 from .inversion_inputs import CATEGORY, PathNoise, latent_size, noise_output
 
@@ -55,9 +55,8 @@ class SaveInversion(io.ComfyNode):
         except OSError as error:
             raise ValueError(f"The inversion could not be written to '{filename_prefix}' ({error.strerror}).") from None
         text = f"{'/'.join(p for p in (subfolder, name) if p)}\n{size_of(path)}, {dtype}{_cost(cost)}"
-        show(cls, text)
         saved = ui.SavedResult(name, subfolder, io.FolderType.output)
-        return io.NodeOutput(ui={"text": [text], "inversions": [saved]})
+        return io.NodeOutput(ui={"text": [text], "inversions": [saved], **saved_words(cls, text)})
 
 
 def _cost(cost):

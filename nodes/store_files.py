@@ -12,7 +12,7 @@ from ..files import store_file
 from ..files.places import list_files, new_file, path_of, size_of
 from . import sockets
 from .attention_inputs import CATEGORY
-from .feedback import show
+from .feedback import saved_words, show
 from .file_picker import FileLoader
 
 DTYPES = ["as captured", "float16"]
@@ -53,8 +53,8 @@ class SaveAttentionStore(io.ComfyNode):
         except OSError as error:
             raise ValueError(f"The store could not be written to '{filename_prefix}' ({error.strerror}).") from None
         text = f"{'/'.join(p for p in (subfolder, name) if p)}\n{size_of(path)}, {_about(store, half)}"
-        show(cls, text)
-        return io.NodeOutput(ui={"text": [text], "stores": [ui.SavedResult(name, subfolder, io.FolderType.output)]})
+        saved = ui.SavedResult(name, subfolder, io.FolderType.output)
+        return io.NodeOutput(ui={"text": [text], "stores": [saved], **saved_words(cls, text)})
 
 
 class LoadAttentionStore(FileLoader, io.ComfyNode):
