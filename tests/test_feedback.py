@@ -1,9 +1,12 @@
 """What a user sees while nodes work, in a real server: progress, previews, the phase in words; and no second inversion."""
 import re
+import urllib.request
 
 import pytest
 from support.graphs import node
 from support.listening import listen
+
+import dev
 
 STEPS, EDITED = 4, 3
 
@@ -165,7 +168,15 @@ def test_a_saved_file_is_named_with_its_folder(ran, name, key):
     output = ran[0]["outputs"][name]
     (file,), (words,) = output[key], output["ledits_words"]
     assert words.splitlines()[:2] == ["saved in ComfyUI's output folder:", f"words/{file['filename']}"]
-    assert file["filename"].startswith("kept_00001_.")
+    assert re.match(r"kept_\d{5}_\.ledits", file["filename"])
+
+
+def test_the_server_offers_the_web_extension_and_the_help_pages(client):
+    served = f"/extensions/{dev.PACK}"
+    assert f"{served}/js/ledits.js" in client.ask_json("/extensions")
+    for path in ("js/ledits.js", "docs/LEDITS_KSampler.md"):
+        with urllib.request.urlopen(f"{client.url}{served}/{path}") as answer:
+            assert answer.read() == (dev.ROOT / "web" / path).read_bytes()
 
 
 def test_words_count_in_the_singular():
