@@ -7,6 +7,7 @@ need no network.
 COMFYUI_PATH     use this ComfyUI as it is instead of unpacking one; its models, settings and outputs are left alone
 COMFYUI_PYTHON   with COMFYUI_PATH: the Python that runs it, used as it is instead of a .venv
 COMFYUI_VERSION  which ComfyUI to unpack
+COMFYUI_FRONTEND with `test`: the folder of a frontend's files (static/ of the package comfyui-frontend-package) to serve
 CHROMIUM         the browser for `test --browser`, where it is not on the PATH
 """
 import errno

@@ -92,6 +92,18 @@ def notes(*sentences: str) -> str:
     return ". ".join(filter(None, sentences))
 
 
+def words(text: str):
+    """Words that stay on the node when the job is over: for `NodeOutput.ui`, which web/js/ledits.js reads."""
+    return {"ledits_words": [text]}
+
+
+def saved_words(node, text: str):
+    """The same for a file that was saved: `text` begins with its name in the output folder. Shown at once as well."""
+    text = f"saved in ComfyUI's output folder:\n{text}"
+    show(node, text)
+    return words(text)
+
+
 def costs(rows: int, steps: int, *, level: float | None = None, note: str = "", **more):
     """The cost of a node, on the node and for the history of the queue (`NodeOutput.ui`).
 
@@ -103,5 +115,11 @@ def costs(rows: int, steps: int, *, level: float | None = None, note: str = "", 
         more: further numbers.
     """
     begun = "" if level is None else f" from noise level {level:.3g}"
-    tell(f"done: {steps} steps{begun}, {rows} network rows" + (f". {note}" if note else ""))
-    return {"ledits": [{"steps": steps, "unet_rows": rows, **({"note": note} if note else {}), **more}]}
+    text = f"done: {counted(steps, 'step')}{begun}, {counted(rows, 'network evaluation')}" + (f". {note}" if note else "")
+    tell(text)
+    return {"ledits": [{"steps": steps, "unet_rows": rows, **({"note": note} if note else {}), **more}], **words(text)}
+
+
+def counted(number: int, thing: str) -> str:
+    """Such as "1 step", "2 steps"."""
+    return f"{number} {thing}{'s'[: number != 1]}"

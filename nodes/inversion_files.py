@@ -10,7 +10,7 @@ from ..files import inversion_file, latent_formats
 from ..files.places import in_words, list_files, new_file, not_written, path_of
 from . import sockets
 from .choices import known
-from .feedback import show
+from .feedback import saved_words, show
 from .file_picker import FileLoader
 from .inversion_inputs import CATEGORY, PathNoise, latent_size, noise_output
 
@@ -59,9 +59,8 @@ class SaveInversion(io.ComfyNode):
         except OSError as error:
             raise not_written("The inversion", filename_prefix, error) from None
         text = f"{'/'.join(p for p in (subfolder, name) if p)}\n{in_words(size)}, {dtype}{_cost(cost)}"
-        show(cls, text)
         saved = ui.SavedResult(name, subfolder, io.FolderType.output)
-        return io.NodeOutput(ui={"text": [text], "inversions": [saved]})
+        return io.NodeOutput(ui={"text": [text], "inversions": [saved], **saved_words(cls, text)})
 
 
 def _cost(cost):

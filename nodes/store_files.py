@@ -13,7 +13,7 @@ from ..files.places import in_words, list_files, new_file, not_written, path_of
 from . import sockets
 from .attention_inputs import CATEGORY
 from .choices import known
-from .feedback import show
+from .feedback import saved_words, show
 from .file_picker import FileLoader
 
 DTYPES = ["as captured", "float16"]
@@ -56,8 +56,8 @@ class SaveAttentionStore(io.ComfyNode):
         except OSError as error:
             raise not_written("The store", filename_prefix, error) from None
         text = f"{'/'.join(p for p in (subfolder, name) if p)}\n{in_words(size)}, {_about(store, half)}"
-        show(cls, text)
-        return io.NodeOutput(ui={"text": [text], "stores": [ui.SavedResult(name, subfolder, io.FolderType.output)]})
+        saved = ui.SavedResult(name, subfolder, io.FolderType.output)
+        return io.NodeOutput(ui={"text": [text], "stores": [saved], **saved_words(cls, text)})
 
 
 class LoadAttentionStore(FileLoader, io.ComfyNode):

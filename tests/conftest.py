@@ -62,9 +62,11 @@ def server_log(server_base):
 @pytest.fixture(scope="session")
 def server_url(server_base, server_log):
     """A real ComfyUI server with the pack and user data of its own."""
-    device = [] if os.environ.get("LEDITS_TEST_DEVICE") == "cuda" else ["--cpu"]
+    arguments = [] if os.environ.get("LEDITS_TEST_DEVICE") == "cuda" else ["--cpu"]
+    if frontend := os.environ.get("COMFYUI_FRONTEND"):
+        arguments += ["--front-end-root", str(Path(frontend).resolve())]
     home = dev.Home(Path(sys.executable), COMFYUI, server_base)
-    with dev.start_server(home, *device, log=server_log) as (url, _):
+    with dev.start_server(home, *arguments, log=server_log) as (url, _):
         yield url
 
 

@@ -1,9 +1,12 @@
 """What a user sees while nodes work, in a real server: progress, previews, the phase in words; and no second inversion."""
 import re
+import urllib.request
 
 import pytest
 from support.graphs import node
 from support.listening import listen
+
+import dev
 
 STEPS, EDITED = 4, 3
 
@@ -73,12 +76,20 @@ def saved(graph, *names):
 
 
 @pytest.fixture(scope="module")
-def seen(client):
-    """What a client sees of every inversion, of capture, and of the edits."""
-    graph = base() | inversions() | edits()
+def ran(client):
+    """The history's entry and what a client sees of every inversion, of capture, of the edits and of saving."""
+    graph = base() | inversions() | edits() | {
+        "saved": node("LEDITS_SaveInversion", inversion=["npi", 0], filename_prefix="words/kept", dtype="float32"),
+        "saved store": node("LEDITS_SaveAttentionStore", store=["capture", 0], filename_prefix="words/kept", dtype="float16"),
+    }
     names = [*inversions(), "plain", "live", "kept", "custom", "sweep", "stock"]
-    ((_, found),) = listen(client, saved(graph, *names))
+    (found,) = listen(client, saved(graph, *names))
     return found
+
+
+@pytest.fixture(scope="module")
+def seen(ran):
+    return ran[1]
 
 
 RUNNING = [*inversions(), "plain", "live", "capture", "kept", "custom", "sweep", "stock"]
@@ -141,8 +152,38 @@ def test_the_phase_is_named_on_the_node(seen, name):
     assert all(phase in wanted for phase in PHASES[name]), told  # all of them, in this order
     if name != "custom":  # ComfyUI's own node
         assert told[0] == "loading the model"
-        assert re.fullmatch(r"done: \d+ steps(?: from noise level [\d.]+)?, \d+ network rows", told[-1])
+        assert re.fullmatch(r"done: \d+ steps(?: from noise level [\d.]+)?, \d+ network evaluations?", told[-1])
     assert ("source pass" in " ".join(told)) == (name in ("live", "custom"))
+
+
+@pytest.mark.parametrize("name", [*inversions(), "plain", "live", "capture", "kept", "sweep", "saved", "saved store"])
+def test_the_last_words_are_kept_in_the_history(ran, name):
+    """...where the web extension finds them when the job is over."""
+    entry, seen = ran
+    assert entry["outputs"][name]["ledits_words"] == seen.texts[name][-1:] != []
+
+
+@pytest.mark.parametrize("name, key", [("saved", "inversions"), ("saved store", "stores")])
+def test_a_saved_file_is_named_with_its_folder(ran, name, key):
+    output = ran[0]["outputs"][name]
+    (file,), (words,) = output[key], output["ledits_words"]
+    assert words.splitlines()[:2] == ["saved in ComfyUI's output folder:", f"words/{file['filename']}"]
+    assert re.match(r"kept_\d{5}_\.ledits", file["filename"])
+
+
+def test_the_server_offers_the_web_extension_and_the_help_pages(client):
+    served = f"/extensions/{dev.PACK}"
+    assert f"{served}/js/ledits.js" in client.ask_json("/extensions")
+    for path in ("js/ledits.js", "docs/LEDITS_KSampler.md"):
+        with urllib.request.urlopen(f"{client.url}{served}/{path}") as answer:
+            assert answer.read() == (dev.ROOT / "web" / path).read_bytes()
+
+
+def test_words_count_in_the_singular():
+    from comfyui_ledits.nodes.feedback import costs
+    assert costs(1, 1)["ledits_words"] == ["done: 1 step, 1 network evaluation"]
+    assert costs(0, 2, level=0.51234, note="Why")["ledits_words"] == [
+        "done: 2 steps from noise level 0.512, 0 network evaluations. Why"]
 
 
 def test_a_changed_edit_does_not_invert_again(client):

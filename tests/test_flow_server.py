@@ -167,7 +167,7 @@ def test_a_saved_record_edits_the_same(server, latent):
 def test_progress_and_previews_come_as_with_the_stock_sampler(client):
     ((_, seen),) = listen(client, graph(edit={"cfg": 2.5}))
     assert seen.previews["edit"] == len(seen.progress["edit"]) == STEPS - 2
-    assert seen.texts["edit"][-1] == f"done: {STEPS - 2} steps from noise level 0.8, {2 * (STEPS - 2)} network rows"
+    assert seen.texts["edit"][-1] == f"done: {STEPS - 2} steps from noise level 0.8, {2 * (STEPS - 2)} network evaluations"
 
 
 def test_interrupted_it_leaves_the_model_as_it_was(server, latent):

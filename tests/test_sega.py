@@ -234,7 +234,7 @@ def test_an_edit_is_the_reference_and_evaluates_only_what_matters(kind, batch, p
         output = runs.edit_node(kind, inversion, pair=(positive, negative), cfg=cfg, skip=SKIP, concepts=chain)
     shown = [0 if prompt is None else len(calls.rows_of(prompt)) for prompt in (positive, None if rows[1] == 0 else negative)]
     assert shown + [calls.rows - sum(shown)] == [batch * n for n in rows]
-    assert output.ui == {"ledits": [{"steps": RUN, "unet_rows": calls.rows}]}
+    assert output.ui["ledits"] == [{"steps": RUN, "unet_rows": calls.rows}]
     expected = with_everything_evaluated(kind, batch, positive, negative, cfg, concepts)
     torch.testing.assert_close(output[0]["samples"], expected, rtol=1e-3, atol=1e-3)
 

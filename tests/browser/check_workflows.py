@@ -35,6 +35,21 @@ BOXES = """app.graph.nodes.map(n => [n.title, n.type, n.pos[0], n.pos[1] - LiteG
 CUT_OFF = """app.graph.nodes.filter(n => n.type === 'MarkdownNote').filter(n => {
     const text = n.widgets[0].element.querySelector('.tiptap'); return text.scrollHeight > text.clientHeight + 1;
 }).map(n => n.title)"""
+SAVING = next(path for path in WORKFLOWS if path.stem.startswith("09 "))
+
+# The words that web/js/ledits.js shows, and ComfyUI's own of a node at work: [type, words]
+WORDS = """app.graph.nodes.flatMap(n => (n.widgets ?? []).filter(w => w.name === 'ledits_words'
+    && w.element.isConnected && w.element.offsetHeight).map(w => [n.type, w.element.innerText]))"""
+PROGRESS = """app.graph.nodes.filter(n => n.type.startsWith('LEDITS_'))
+    .flatMap(n => (n.widgets ?? []).filter(w => w.type === 'progressText').map(w => [n.type, w.value]))"""
+# The number of lines that each part of the words of Save Inversion takes; its element's children are the parts
+LINES = """[...app.graph.nodes.find(n => n.type === 'LEDITS_SaveInversion').widgets.find(w => w.name === 'ledits_words')
+    .element.firstChild.childNodes].filter(part => part.data).map(part => {
+        const range = document.createRange(); range.selectNodeContents(part);
+        return new Set([...range.getClientRects()].filter(box => box.width).map(box => box.top)).size; })"""
+SEED = "app.graph.nodes.find(n => n.type === 'LEDITS_EditFriendlyInversion').widgets.find(w => w.name === 'seed').value = "
+NARROW = "app.graph.nodes.filter(n => n.type === 'LEDITS_SaveInversion').forEach(n => n.setSize([190, n.size[1]]))"
+VALUES = """app.graph.serialize().nodes.map(n => [n.id, n.widgets_values ?? []])"""
 UNKNOWN = "app.graph.nodes.filter(n => !LiteGraph.registered_node_types[n.type]).map(n => n.type)"
 
 
@@ -73,6 +88,7 @@ def page(request, browsers, url):
         browsers.page.open(url)
     page = browsers.page
     page.file = file
+    post(url + "/history", b'{"clear": true}')  # the words of earlier jobs
     page.run(f"""fetch('/api/workflow_templates/{dev.PACK}/' + encodeURIComponent({json.dumps(file.name)}))
                  .then(answer => answer.json()).then(graph => app.loadGraphData(graph, true, true, null))
                  .then(() => new Promise(drawn => setTimeout(drawn, 1500)))""")
@@ -131,12 +147,7 @@ def test_it_runs_and_the_pictures_arrive(page, workflow, url):
         problems = node_errors(url, prompt)  # all that is missing is the checkpoint, and what was to be made with it
         assert {problem["class_type"] for problem in problems.values()} <= CHECKPOINTS | {"LEDITS_LoadInversion"}
         return
-    page.run(f"""((short) => app.graph.nodes.forEach(n => n.widgets?.forEach(w => {{
-        if (w.name in short) w.value = short[w.name]; }})))({json.dumps(SHORT)})""")
-    page.run("delete app.__ended; for (const end of ['execution_success', 'execution_error'])"
-             " app.api.addEventListener(end, e => app.__ended = {end, ...e.detail}, {once: true}); app.queuePrompt(0).then(() => 0)")
-    ended = page.wait("app.__ended", 300)
-    assert ended["end"] == "execution_success", ended.get("exception_message")
+    run(page)
     for node in (n for n in workflow["nodes"] if n["type"] in ("SaveImage", "PreviewImage")):
         page.wait(f"""(async () => {{
             const [file] = app.nodeOutputs[{node["id"]}]?.images ?? [];
@@ -179,6 +190,57 @@ def test_blueprints_open_with_their_values(page, blueprint, url):
     assert "typed" in json.dumps(page.run("app.graphToPrompt().then(made => made.output)"))
     page.run("app.extensionManager.command.execute('Comfy.Canvas.FitView').then(() => new Promise(d => setTimeout(d, 1000)))")
     page.screenshot(SHOTS / f"{blueprint.stem}, {page.look}.png")
+
+
+@pytest.mark.parametrize("page", [(look, SAVING) for look in LOOKS], ids=LOOKS, indirect=True)
+def test_words_stay_on_the_nodes_after_the_job_and_after_a_reload(page, workflow, url):
+    assert page.run(WORDS) == []
+    page.run(NARROW)
+    shorten(page)
+    page.run(SEED + str(LOOKS.index(page.look)))  # what is in the cache has no words in the history
+    kept = page.run(VALUES)
+    run(page)
+    page.wait(f"{WORDS}.length === 3", 20)
+    shown = dict(page.run(WORDS))
+    assert shown["LEDITS_EditFriendlyInversion"] == "done: 4 steps, 4 network evaluations"
+    folder, file, size = shown["LEDITS_SaveInversion"].split("\n")
+    assert folder == "saved in ComfyUI's output folder:" and size.endswith(" kB, float32")
+    assert file.startswith("inversions/red_star_0000") and file.endswith("_.ledits.safetensors")
+    assert "model: BaseModel" in shown["LEDITS_InspectInversion"]
+    assert page.run(PROGRESS) == []
+    page.run("new Promise(drawn => setTimeout(drawn, 2000))")  # the frontend writes its draft now and then
+    page.screenshot(SHOTS / f"words, {page.look}.png")
+    lines = page.run(LINES)
+    assert len(lines) > 5 and max(lines) == 1  # no word is cut, nor a file's name within a word
+    assert page.run(VALUES) == kept  # the words are in no saved workflow, and in no prompt
+    assert "ledits_words" not in json.dumps(page.run("app.graphToPrompt()"))
+
+    page.open(url)
+    page.wait(f"{WORDS}.length === 3", 20)
+    assert dict(page.run(WORDS)) == shown and page.run(VALUES) == kept
+    page.screenshot(SHOTS / f"words, {page.look}, reloaded.png")
+
+    other = json.loads(WORKFLOWS[0].read_text("utf-8"))
+    numbers = {node["id"] for node in other["nodes"] if node["type"].startswith("LEDITS_")}
+    assert numbers & {node["id"] for node in workflow["nodes"]}
+    page.run(f"app.loadGraphData({json.dumps(other)}, true, true, null).then(() => new Promise(d => setTimeout(d, 1500)))")
+    assert page.run(WORDS) == []  # they are not of this workflow
+    assert page.errors == []
+
+
+def shorten(page):
+    """Few steps."""
+    page.run(f"""((short) => app.graph.nodes.forEach(n => n.widgets?.forEach(w => {{
+        if (w.name in short) w.value = short[w.name]; }})))({json.dumps(SHORT)})""")
+
+
+def run(page):
+    """Run the workflow that the page shows, in few steps, to its end."""
+    shorten(page)
+    page.run("delete app.__ended; for (const end of ['execution_success', 'execution_error'])"
+             " app.api.addEventListener(end, e => app.__ended = {end, ...e.detail}, {once: true}); app.queuePrompt(0).then(() => 0)")
+    ended = page.wait("app.__ended", 300)
+    assert ended["end"] == "execution_success", ended.get("exception_message")
 
 
 def node_errors(url, prompt):
