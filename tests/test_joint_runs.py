@@ -188,6 +188,20 @@ def test_another_packs_override_and_skipped_layers(kind):
     assert torch.isfinite(out).all() and (out - flow_editing.edit(kind, path, words, controls, cfg=3.0)).abs().max() > 1e-4
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_another_packs_override_is_called_as_the_network_calls_it(kind):
+    path, words = flow_editing.path(kind, 1, 1), flow_editing.prompts(kind, 12, 12)
+
+    def calls(controls):
+        model, seen = tiny_flow.model(kind).clone(), []
+        model.model_options["transformer_options"]["optimized_attention_override"] = \
+            lambda func, *args, **kwargs: (seen.append((len(args), *sorted(kwargs))), func(*args, **kwargs))[1]
+        editing.run(model, path, words.target, words.target, 1.0, controls)
+        return seen
+
+    assert set(calls([structure(words)])) == set(calls([]))
+
+
 @pytest.mark.parametrize("kind", ["flux", "flux2", "qwen"])
 def test_reference_pictures(kind):
     """They lie behind the picture and stay the target's own; the picture's rows are the source's."""

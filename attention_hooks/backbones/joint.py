@@ -209,16 +209,21 @@ class _Given:
     def __init__(self, func, previous, heads, args, kwargs):
         self._func, self._previous, self._heads = func, previous, heads
         self._args, self._kwargs = args[1:], {name: value for name, value in kwargs.items() if name != "mask"}
+        self._by_place, self._by_name = bool(args), "mask" in kwargs
         self.mask = args[0] if args else kwargs.get("mask")
         self._by_head, self._out_by_head = (kwargs.get(f"skip_{part}reshape", False) for part in ("", "output_"))
 
     def run(self, q, k, v, mask=..., options=None, plain=False):
         """On the network's own shapes; `plain` without another pack's attention."""
         more = self._kwargs if options is None else {**self._kwargs, "transformer_options": options}
-        mask = self.mask if mask is ... else mask
+        given, mask = (), self.mask if mask is ... else mask
+        if self._by_place:  # as the network gave it: other packs may look for it by name
+            given = (mask, *self._args)
+        elif self._by_name or mask is not None:
+            more = {**more, "mask": mask}
         if plain or self._previous is None:
-            return self._func(q, k, v, self._heads, mask, *self._args, **more)
-        return self._previous(self._func, q, k, v, self._heads, mask, *self._args, **more)
+            return self._func(q, k, v, self._heads, *given, **more)
+        return self._previous(self._func, q, k, v, self._heads, *given, **more)
 
     def inside(self, tensor):
         if tensor.ndim == 4 and not self._by_head:  # SD3 leaves its values by head
