@@ -147,21 +147,22 @@ class _Hook:
             )
         return out
 
-    def __call__(self, func, q, k, v, heads, *args, **kwargs):
-        given = _Given(func, self.previous, heads, args, kwargs)
+    def __call__(self, func, *args, **kwargs):
+        given = _Given(func, self.previous, args, kwargs)
         options = kwargs.get("transformer_options") or {}
         found = self._find(options)
         if found is None:
-            return given.run(q, k, v)
+            return given.run()
         (layer, work), site = found
         frames, *grid = options[_KEY]["grid"]
         where = {"options": options, "size": options[_KEY]["size"], "grid": tuple(grid)}
+        q, k, v = map(given.inside, (given.q, given.k, given.v))
         if site != JOINT:
-            q, k, v = (given.inside(t).flatten(2) for t in (q, k, v))
+            q, k, v = (t.flatten(2) for t in (q, k, v))
             previous = None if self.previous is None else functools.partial(given.flat, False)
-            call = AttentionCall(**where, heads=heads, rows=len(q), frames=frames, model=functools.partial(given.flat, True), previous=previous)
-            return given.outside(work(layer, q, k, v, call).unflatten(-1, (heads, -1)))
-        q, k, v = map(given.inside, (q, k, v))
+            call = AttentionCall(**where, heads=given.heads, rows=len(q), frames=frames, model=functools.partial(given.flat, True),
+                                 previous=previous)
+            return given.outside(work(layer, q, k, v, call).unflatten(-1, (given.heads, -1)))
         tokens = frames * math.prod(grid)
         first = 0 if self.build.picture == "first" else self._first(q.shape[1], tokens, options)
         call = JointCall(**where, k=k, v=v, mask=given.mask, run=given.attention, image=slice(first, first + tokens))
@@ -206,39 +207,44 @@ class _Given:
     heads, width of a head].
     """
 
-    def __init__(self, func, previous, heads, args, kwargs):
-        self._func, self._previous, self._heads = func, previous, heads
-        self._args, self._kwargs = args[1:], {name: value for name, value in kwargs.items() if name != "mask"}
-        self._by_place, self._by_name = bool(args), "mask" in kwargs
-        self.mask = args[0] if args else kwargs.get("mask")
+    _NAMES = ("q", "k", "v", "heads", "mask")
+
+    def __init__(self, func, previous, args, kwargs):
+        self._func, self._previous, self._args, self._kwargs = func, previous, args, kwargs
+        self.q, self.k, self.v, self.heads, self.mask = (
+            args[n] if n < len(args) else kwargs.get(name) for n, name in enumerate(self._NAMES))
         self._by_head, self._out_by_head = (kwargs.get(f"skip_{part}reshape", False) for part in ("", "output_"))
 
-    def run(self, q, k, v, mask=..., options=None, plain=False):
-        """On the network's own shapes; `plain` without another pack's attention."""
-        more = self._kwargs if options is None else {**self._kwargs, "transformer_options": options}
-        given, mask = (), self.mask if mask is ... else mask
-        if self._by_place:  # as the network gave it: other packs may look for it by name
-            given = (mask, *self._args)
-        elif self._by_name or mask is not None:
-            more = {**more, "mask": mask}
-        if plain or self._previous is None:
-            return self._func(q, k, v, self._heads, *given, **more)
-        return self._previous(self._func, q, k, v, self._heads, *given, **more)
+    def run(self, plain=False, **changed):
+        """On the network's own shapes; `plain` without another pack's attention.
+
+        Args:
+            changed: other values of arguments, each given as the network gave it (other packs may look for one by name).
+        """
+        args, more = list(self._args), dict(self._kwargs)
+        for name, value in changed.items():
+            at = self._NAMES.index(name) if name in self._NAMES else len(args)
+            if at < len(args):
+                args[at] = value
+            elif name in more or value is not None:
+                more[name] = value
+        call = self._func if plain or self._previous is None else functools.partial(self._previous, self._func)
+        return call(*args, **more)
 
     def inside(self, tensor):
         if tensor.ndim == 4 and not self._by_head:  # SD3 leaves its values by head
             return tensor
-        return tensor.transpose(1, 2) if self._by_head else tensor.unflatten(-1, (self._heads, -1))
+        return tensor.transpose(1, 2) if self._by_head else tensor.unflatten(-1, (self.heads, -1))
 
     def outside(self, out):
         return out.transpose(1, 2) if self._out_by_head else out.flatten(2)
 
     def attention(self, q, k, v, mask, options, plain):
         q, k, v = (t.transpose(1, 2) if self._by_head else t.flatten(2) for t in (q, k, v))
-        out = self.run(q, k, v, mask, options, plain)
-        return out.transpose(1, 2) if self._out_by_head else out.unflatten(-1, (self._heads, -1))
+        out = self.run(plain, q=q, k=k, v=v, mask=mask, transformer_options=options)
+        return out.transpose(1, 2) if self._out_by_head else out.unflatten(-1, (self.heads, -1))
 
     def flat(self, plain, q, k, v, options):
         """On [rows, tokens, width], with the mask that was given."""
-        q, k, v = (t.unflatten(-1, (self._heads, -1)) for t in (q, k, v))
+        q, k, v = (t.unflatten(-1, (self.heads, -1)) for t in (q, k, v))
         return self.attention(q, k, v, self.mask, options, plain).flatten(2)
