@@ -7,7 +7,7 @@ from tqdm.auto import tqdm
 from ..attention_hooks.backbones.unet import layout_of
 from ..attention_hooks.blocks import at_quarter_resolution
 from . import attention_taps, models, other_packs
-from .gradients import Predictor
+from .gradients import Predictor, as_given
 from .inverters import check_caches
 from .methods import ddim, null_text, style_diffusion
 from .methods.families import Family
@@ -44,7 +44,7 @@ class _Learner(PhasedSampler):
             predict = Predictor(run.guider, run.options)
             picture, levels = run.latent_image.clone(), run.sigmas.float().cpu().clone()
             self.prepare(predict, levels, picture)
-            if other_packs.of_predictions(run.options, {}):
+            if other_packs.of_predictions(as_given(run.options), {}):
                 _try(predict, picture, levels[[steps // 4, -2 if steps > 1 else 0]])
             progress = _Progress(run.callback, self.tell, self.method, [self.most(i) for i in range(steps)])
             latents = self._path(predict, picture, levels, family, models.scaling(model), progress)

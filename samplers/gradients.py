@@ -140,6 +140,14 @@ def torch_attention(function, *args, **kwargs):
     return attention_pytorch(*args, **kwargs)
 
 
+def as_given(options: dict) -> dict:
+    """`model_options` of a `differentiable` MODEL without the attention that was put there."""
+    inner = options.get("transformer_options", {})
+    if inner.get("optimized_attention_override") is not torch_attention:
+        return options
+    return {**options, "transformer_options": {k: v for k, v in inner.items() if k != "optimized_attention_override"}}
+
+
 def _more_memory(executor, model, noise_shape, *args, **kwargs):
     return executor(model, [noise_shape[0] * _MEMORY, *noise_shape[1:]], *args, **kwargs)
 

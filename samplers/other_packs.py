@@ -9,8 +9,8 @@ from .methods.shapes import append_dims
 # Of a slope's root mean square. Where something draws random numbers it differs by several hundredths; float16 and
 # bfloat16 round to a thousandth, and mostly answer alike.
 _REPEATS = 5e-3
-# Wrappers of core that take every row for itself.
-_NEUTRAL = ("torch.compile", "easycache", "lazycache")
+# Wrappers that take every row for itself: core's, and what `gradients.differentiable` adds.
+_NEUTRAL = ("torch.compile", "easycache", "lazycache", "ledits_gradients")
 _OF_CALLS = (WrappersMP.CALC_COND_BATCH, WrappersMP.APPLY_MODEL, WrappersMP.DIFFUSION_MODEL)
 
 NOT_REPEATED = (
@@ -34,7 +34,7 @@ def of_predictions(options: dict, conds: dict) -> bool:
     """Whether something on a model or on its conditionings may change a prediction in a way that this pack cannot know."""
     inner = options.get("transformer_options", {})
     functions = any(value for name, value in options.items() if name.startswith("sampler_"))
-    wrapped = any(own for by_key in inner.get("wrappers", {}).values() for own in by_key.values())
+    wrapped = any(own for by_key in inner.get("wrappers", {}).values() for key, own in by_key.items() if key not in _NEUTRAL)
     return of_rows(options) or functions or wrapped or any("hooks" in c for cond in conds.values() for c in cond or ())
 
 
