@@ -88,10 +88,8 @@ def page(request, browsers, url):
         browsers.page.open(url)
     page = browsers.page
     page.file = file
-    post(url + "/history", b'{"clear": true}')  # the words of earlier jobs
-    page.run(f"""fetch('/api/workflow_templates/{dev.PACK}/' + encodeURIComponent({json.dumps(file.name)}))
-                 .then(answer => answer.json()).then(graph => app.loadGraphData(graph, true, true, null))
-                 .then(() => new Promise(drawn => setTimeout(drawn, 1500)))""")
+    forget(url)
+    load(page)
     page.screenshot(SHOTS / f"{file.stem}, {look}.png")
     return page
 
@@ -194,10 +192,13 @@ def test_blueprints_open_with_their_values(page, blueprint, url):
 
 @pytest.mark.parametrize("page", [(look, SAVING) for look in LOOKS], ids=LOOKS, indirect=True)
 def test_words_stay_on_the_nodes_after_the_job_and_after_a_reload(page, workflow, url):
+    forget(url)
+    page.open(url)  # it remembers jobs itself
+    load(page)
     assert page.run(WORDS) == []
     page.run(NARROW)
     shorten(page)
-    page.run(SEED + str(LOOKS.index(page.look)))  # what is in the cache has no words in the history
+    page.run(SEED + str(1 + LOOKS.index(page.look)))  # not of a job before: what is cached has no words in the history
     kept = page.run(VALUES)
     run(page)
     page.wait(f"{WORDS}.length === 3", 20)
@@ -226,6 +227,18 @@ def test_words_stay_on_the_nodes_after_the_job_and_after_a_reload(page, workflow
     page.run(f"app.loadGraphData({json.dumps(other)}, true, true, null).then(() => new Promise(d => setTimeout(d, 1500)))")
     assert page.run(WORDS) == []  # they are not of this workflow
     assert page.errors == []
+
+
+def forget(url):
+    """Clear the history, and with it the words of earlier jobs."""
+    post(url + "/history", b'{"clear": true}')
+
+
+def load(page):
+    """Load the page's workflow as the template browser does it."""
+    page.run(f"""fetch('/api/workflow_templates/{dev.PACK}/' + encodeURIComponent({json.dumps(page.file.name)}))
+                 .then(answer => answer.json()).then(graph => app.loadGraphData(graph, true, true, null))
+                 .then(() => new Promise(drawn => setTimeout(drawn, 1500)))""")
 
 
 def shorten(page):
