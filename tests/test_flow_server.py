@@ -179,10 +179,23 @@ def test_interrupted_it_leaves_the_model_as_it_was(server, latent):
     assert torch.equal(latent(again), before)
 
 
-def test_attention_control_on_it_is_refused_in_words(server):
-    prompt = graph() | {
-        "control": node("LEDITS_MasaCtrl", source=["source", 0], start_step=0.08),
-    }
-    prompt["edit"]["inputs"]["attention"] = ["control", 0]
+@pytest.mark.parametrize("control", [
+    node("LEDITS_PromptToPrompt", prompts=["words", 2], cross_replace_steps=0.8, self_replace_steps=0.4, local_blend="auto"),
+    node("LEDITS_MasaCtrl", source=["source", 0], start_step=0.2),
+    node("LEDITS_CopyAttention", source=["source", 0], rows="structure (q, k)", end_step=0.5, region="outside the mask"),
+], ids=lambda control: control["class_type"])
+def test_attention_control_acts_and_leaves_the_model_as_it_was(server, latent, control):
+    words = node("LEDITS_EditPrompts", clip=["model", 1], source="a red star on a grey ground",
+                 target="a green star on a grey ground", mapping="auto")
+    before, controlled = latent(graph()), graph(edit={"attention": ["control", 0]}, words=words, control=control)
+    assert float((latent(controlled) - before).abs().max()) > 0.01
+    assert torch.equal(latent(graph(other=node("SaveLatent", samples=["edit", 0], filename_prefix="again"))), before)
+
+
+def test_what_learns_is_refused_in_words(server):
+    prompt = graph()
+    prompt["inversion"] = node("LEDITS_NullTextInversion", model=["model", 0], positive=["source", 0], negative=["empty", 0],
+                               latent=["encoded", 0], cfg=3.0, steps=STEPS, scheduler="simple", inner_steps=2,
+                               learning_rate=0.01, early_stop=1e-5, on_interrupt="discard")
     message = server.messages(server.queue(prompt))["execution_error"]["exception_message"]
-    assert "no U-Net" in message and "FlowEdit" in message
+    assert "need one: SD 1.x, SD 2.x, SDXL" in message
