@@ -14,6 +14,7 @@ CONTROLS = {
     "LEDITS_P2Plus": dict(cross_replace_steps=0.8, self_replace_steps=0.4, uncond_self_replace_steps=0.5),
     "LEDITS_MasaCtrl": dict(start_step=0.08, source_words="square", target_words="star"),
     "LEDITS_PlugAndPlay": dict(pnp_f_t=0.8, pnp_attn_t=0.5),
+    "LEDITS_CopyAttention": dict(rows="look (k, v)", end_step=0.5, region="outside the mask"),
     "LEDITS_Pix2PixZero": dict(xa_guidance=1.0),
 }
 LOOKING = {"LEDITS_RecordAttention"}  # changes nothing

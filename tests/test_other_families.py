@@ -39,15 +39,23 @@ def test_flow_models_are_refused_by_inversions_that_learn(name, node):
     refused(model, [learn], f"{name} is not a U-Net.*SD 1.x, SD 2.x, SDXL.*Edit-Friendly")
 
 
-@pytest.mark.parametrize("name", ["PixArt", "SD3", "Flux"])
 @pytest.mark.parametrize("edit", CONTROLS)
-def test_a_transformer_that_can_be_inverted_is_refused_by_the_controls(edit, name):
+def test_a_transformer_that_is_not_known_is_refused_by_the_controls(edit):
+    refused_by(edit, "PixArt", "does not know how PixArt .PixArtMS.*It knows SD 1.x, SD 2.x, SDXL, SD3.*FlowEdit")
+
+
+@pytest.mark.parametrize("name", ["SD3", "Flux"])
+def test_what_needs_a_slope_is_refused_on_transformers(name):
+    refused_by("pix2pix", name, f"pix2pix-zero follows the slope.*which {name}.* is not. Use Prompt-to-Prompt")
+
+
+def refused_by(edit, name, match):
     model, latent, words, path = inverted_transformer(name)
     parts = chain_parts.Parts(model, path, words, words)
     edits = [functools.partial(parts.edit, edit), functools.partial(parts.edit, edit, through="parts"),
             lambda: CaptureAttention.execute(model=model, negative=words, inversion=path,
                 attention=tuple(chain_parts.attention(edit)), skip=1)]
-    refused(model, edits, f"{name} has no U-Net.*SD3 and Flux.*SD 1.x, SD 2.x, SDXL.*FlowEdit")
+    refused(model, edits, match)
 
 
 @functools.cache
