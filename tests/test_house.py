@@ -1,5 +1,7 @@
 """The walls of the house: imports point down only, and the formulas know nothing of ComfyUI."""
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -89,3 +91,12 @@ def test_the_walls_are_looked_for():
     """Of a file that breaks them, the import is seen."""
     inside, outside = imported(Path("nodes/edit_inputs.py"))
     assert "samplers.ledits" in inside and "comfy" in outside
+
+
+@pytest.mark.parametrize("module", ["runner_dask", "runner_work", "piebench_run", "demobench_run", "table_methods"])
+def test_what_workers_of_a_benchmark_import_needs_no_comfyui(module):
+    """They speak with servers, and run where no ComfyUI is imported."""
+    code = ("import importlib, sys, types; root = sys.argv[1]; pack = types.ModuleType('pack'); pack.__path__ = [root]; "
+            "sys.modules['pack'] = pack; importlib.import_module('pack.tools.benchmarks.' + sys.argv[2])")
+    done = subprocess.run([sys.executable, "-c", code, str(dev.ROOT), module], capture_output=True, text=True, cwd=dev.ROOT.parent)
+    assert done.returncode == 0, done.stderr[-600:]

@@ -9,7 +9,7 @@ import fnmatch
 import re
 from dataclasses import dataclass
 
-from ...attention_hooks.text.tokens import split
+from ...attention_hooks.text.words import split
 from . import flow_methods
 from .piebench import Problem
 
