@@ -22,7 +22,7 @@ def by_hand(batch=1, steps=(0, 1, 2, 3), **masks):
     """An `Observed` whose word "cat" looks at the upper left in the source, and "dog" at the lower right in the target."""
     def tokens(text):
         words = tuple(Word(w, (n + 1,)) for n, w in enumerate(text.split()))
-        return Tokens(text=text, ids=(), kinds=(), chunks=(0, 77), words=words)
+        return Tokens(text=text, ids=(), kinds=(), chunks=(0, 77), parts=(), words=words)
 
     before, after = torch.full((batch, 2, 16, 16), 0.01), torch.full((batch, 2, 16, 16), 0.01)
     before[:, 1, 2:5, 2:5], after[:, 1, 11:14, 11:14] = 0.5, 0.5
