@@ -35,10 +35,11 @@ def append(path, rows: list[dict]):
     """
     columns = list(rows[0])
     os.makedirs(os.path.dirname(path), exist_ok=True)
+    mode = os.O_RDWR | os.O_APPEND | getattr(os, "O_BINARY", 0)
     try:
-        handle, new = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o666), True
+        handle, new = os.open(path, mode | os.O_CREAT | os.O_EXCL, 0o666), True
     except FileExistsError:
-        handle, new = os.open(path, os.O_RDWR | os.O_APPEND), False
+        handle, new = os.open(path, mode), False
     with open(handle, "r+b", buffering=0) as file:
         if not new:
             _wait_for_header(file)
