@@ -46,7 +46,7 @@ class ConceptMaps:
                         f"The concept has {encoded} tokens, its words {len(columns)}: connect the CLIP that encodes its prompt, "
                         "and no conditioning, or choose a mask without attention."
                     )
-                self._words[entry["uuid"]] = index, columns.to(x), encoded
+                self._words[entry["uuid"]] = index, columns.to(x), encoded, entry["model_conds"]
 
     def install(self, options: dict) -> dict:
         """`model_options` for a call in which concepts are predicted."""
@@ -55,22 +55,22 @@ class ConceptMaps:
         joint, apart = ([x for x in layers if x.joint is is_joint] for is_joint in (True, False))
         return self.backbone.install(options, cross_attention=(apart, self._cross), joint_attention=(joint, self._joint))
 
-    def maps(self) -> dict[int, torch.Tensor]:
-        """{index: [B, h, w]} of the last call, mean over heads and layers.
+    def maps(self, wanted: list[int]) -> dict[int, torch.Tensor]:
+        """{index: [B, h, w]} of the last call, mean over heads and layers, of the concepts that were predicted.
 
         Raises:
-            ValueError: the attention of a concept was not seen.
+            ValueError: the attention of one of them was not seen.
         """
-        missing = {index for index, *_ in self._words.values()} - self._seen.keys()
-        if missing:
+        watched = {index for index, *_ in self._words.values()} & set(wanted)
+        if not watched <= self._seen.keys():
             raise ValueError(
                 "The attention of a concept could not be seen: a patch on the model replaces it. Bypass it, or choose a mask "
                 "without attention."
             )
-        return {index: torch.stack(maps).mean(0) for index, maps in self._seen.items()}
+        return {index: torch.stack(self._seen[index]).mean(0) for index in watched}
 
     def _mine(self, call: NetworkCall):
-        """(index, columns, encoded, rows) of every chunk that is a concept's."""
+        """(index, columns, encoded, model_conds, rows) of every chunk that is a concept's."""
         for c, own in enumerate(call.uuids or ()):
             if own in self._words and call.size == self.size:
                 yield *self._words[own], attend.rows_of([c], self.batch)
@@ -79,13 +79,15 @@ class ConceptMaps:
         self._seen.setdefault(index, []).append(rearrange(share, "b (h w) -> b h w", h=call.grid[0]))
 
     def _cross(self, layer: Layer, q, k, v, call: AttentionCall):
-        for index, columns, _, rows in self._mine(call):
+        for index, columns, _, _, rows in self._mine(call):
             alone = lambda *qkv, rows=rows: call.plain(*qkv, rows=rows)  # noqa: E731
             self._keep(index, call, attend.shares(q[rows], k[rows], call.heads, columns[:, None], alone)[..., 0])
         return call(q, k, v)
 
     def _joint(self, layer: Layer, q, k, v, call: JointCall):
-        for index, columns, encoded, rows in self._mine(call):
+        for index, columns, encoded, conds, rows in self._mine(call):
+            self.backbone.check(call, conds)
+            call.check_words()
             places = tuple(t.to(q.device) for t in self.backbone.positions(len(columns), encoded, call.others))
             keys = torch.cat([call.words(rows)[0], k[rows][:, call.image]], 1)
             share = joint_attend.shares(q[rows][:, call.image], keys, columns[:, None], places, call, rows)

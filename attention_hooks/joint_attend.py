@@ -51,7 +51,7 @@ def joint_attention(q, k, v, edits, words: dict[int, Words], fetch, call: JointC
     for c in apart:
         rows = rows_of([c], batch)
         attention = call.picture if c not in words else EditedWords(words[c], call, rows)
-        mine = q[rows][:, image], k[rows][:, image], v[rows][:, image]
+        mine = (t[:, image][rows] for t in (q, k, v))
         if c in special:
             picture = look_up(*mine, *special[c], fetch, attention, rows)
         else:
@@ -122,7 +122,7 @@ class EditedWords:
             values = values * self._factors[:, None, None]
         share = self._call.picture(q, k, torch.zeros_like(v), rows, values=self._with_words(rows, 1), plain=True)[..., :1]
         total = self._mix(q, its, torch.ones_like(values))[..., :1]
-        return self._mix(q, its, values) / total.clamp(min=1e-12), share
+        return self._mix(q, its, values) / total.clamp(min=torch.finfo(total.dtype).tiny), share
 
     def _mix(self, q, its, values):
         """`sum_j (P_source M + P_target own)_j values_j`, with shares among the words."""

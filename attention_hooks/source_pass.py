@@ -176,11 +176,19 @@ class SourcePass:
     def origin(self, steps) -> Origin:
         """The source of a store that serves the given executed steps."""
         branches = {slot.branch for step in steps for slot in self.plan.at(step).reads}
-        return Origin(fingerprint(self.path), self.path.model, {b: self.words(b) for b in sorted(branches)})
+        prompts, beside = ({b: of(b) for b in sorted(branches)} for of in (self.words, self._beside_words))
+        return Origin(fingerprint(self.path), self.path.model, prompts, beside)
 
-    def before(self, branch: str) -> int | None:
-        """Tokens before the picture of a branch, where the picture's positions depend on them."""
-        return self.backbone.before(self.words(branch).shape[1])
+    def _beside_words(self, branch: str) -> str:
+        """What a branch's conditioning gives the model beside words, in words; "" for nothing."""
+        conds = self.entry(branch)["model_conds"]
+        guidance, pictures = (conds[name].cond if name in conds else None for name in ("guidance", "ref_latents"))
+        said = [] if guidance is None else [f"guidance {float(guidance.flatten()[0]):g}"]
+        return ", ".join(said + [f"a reference of {' x '.join(map(str, t.shape[1:]))}" for t in pictures or ()])
+
+    def beside(self, branch: str) -> int:
+        """Tokens beside the picture in joint attention, see `Joint.beside`."""
+        return self.backbone.beside(self.entry(branch)["model_conds"])
 
     def words(self, branch: str) -> torch.Tensor:
         """The token embeddings of a branch, [1 or B, tokens, width]."""
@@ -210,8 +218,7 @@ class SourcePass:
         """
         steps = range(self.setting.steps)
         if store.origin is not None:
-            origin = self.origin(steps)
-            store.origin.check(origin.path, origin.model, origin.prompts)
+            store.origin.check(self.origin(steps))
         for step in steps:
             missing = [slot for slot in self.needs(step) if not store.has(self.start + step, slot)]
             if missing:
@@ -288,7 +295,7 @@ class SourcePass:
             ValueError: something of it did not run.
         """
         capture = Capture([(self.start + step, slots) for step, slots in wanted], store=self.store, batch=self.setting.batch,
-                          words=lambda branch: self.words(branch).shape[1], before=self.before)
+                          conds=lambda branch: self.entry(branch)["model_conds"], backbone=self.backbone)
         if not capture.branches:
             return
         layout = self.setting.layout

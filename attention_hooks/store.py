@@ -1,7 +1,7 @@
 """The attention store: what the source pass captured, by step."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -16,28 +16,35 @@ class Origin:
         path: fingerprint of the path's latents and sigmas.
         model: description of the model.
         prompts: {branch: token embeddings [1 or B, tokens, width]} of the source branches.
+        beside: {branch: what its conditioning gives the model beside words, in words}, for models that take guidance or
+            reference pictures so.
     """
 
     path: str
     model: str
     prompts: dict
+    beside: dict = field(default_factory=dict)
 
-    def check(self, path, model, prompts):
-        """Refuse another path, model or source prompt.
+    def check(self, other: "Origin"):
+        """Refuse another path, model, source prompt, guidance or reference pictures.
 
         Raises:
             ValueError: says which.
         """
-        if self.path != path:
+        if self.path != other.path:
             raise ValueError(
                 "This attention store was captured from another picture, or from another inversion of it. Connect the "
                 "same inversion to Capture Attention and to the sampler (saved as float16 it is no longer the same)."
             )
-        if self.model != model:
-            raise ValueError(f"This attention store was captured with another model ({self.model}; here: {model}).")
+        if self.model != other.model:
+            raise ValueError(f"This attention store was captured with another model ({self.model}; here: {other.model}).")
         for branch, captured in self.prompts.items():
-            other = prompts.get(branch)
-            if other is not None and not _close(captured, other):
+            if branch in other.prompts and self.beside.get(branch, "") != other.beside.get(branch, ""):
+                raise ValueError(
+                    f"This attention store was captured with {self.beside.get(branch) or 'no guidance'}, the edit has "
+                    f"{other.beside.get(branch) or 'none'}: connect the edit's positive to Capture Attention, and capture again."
+                )
+            if branch in other.prompts and not _close(captured, other.prompts[branch]):
                 raise ValueError(
                     f"This attention store was captured with another {'source' if branch == 'source' else 'negative'} "
                     "prompt. Capture again, or connect the same prompt."

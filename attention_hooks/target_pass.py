@@ -8,7 +8,7 @@ import torch
 from comfy.samplers import CFGGuider
 from einops import rearrange
 
-from . import attend, joint_attend
+from . import attend, foreign, joint_attend
 from .backbones import Backbone
 from .backbones.calls import AttentionCall, JointCall, NetworkCall
 from .blocks import Layer
@@ -38,7 +38,8 @@ class TargetPass:
         self.positive = {c["uuid"] for c in guider.conds.get("positive") or []}
         self._tell_apart()
         self.targets, self.compared = self._target_entries(), self._compared_entries()
-        self._step, self._seen = None, set()
+        self._step, self._seen, self._conds = None, set(), {}
+        self._again = self._evaluated_again if foreign.of_rows(guider.model_options) else None
 
     def _target_entries(self):
         """{uuid: number of encoded words} of the positive's entries whose attention is edited by words."""
@@ -86,6 +87,8 @@ class TargetPass:
         """`model_options` for the model's calls at an executed step."""
         self._step, plan, layout = step, self.plan.at(step), self.plan.setting.layout
         self._seen = set()
+        # of this step, as an inversion may prescribe others for every step
+        self._conds = {c["uuid"]: c["model_conds"] for entries in self.guider.conds.values() for c in entries or ()}
         edited = {key for key, _ in plan.self_edits}
         words = plan.cross_edits.keys() | plan.word_maps.keys()
         blocks = {key for key, _ in plan.features}
@@ -101,7 +104,7 @@ class TargetPass:
         options[BRANCHES_DIFFER] = True
         if self.plan.reads_words:
             name = "sampler_calc_cond_batch_function"
-            options[name] = CondFirst(options.get(name), self.positive)
+            options[name] = CondFirst(options.get(name), self.positive, self._again)
         return options
 
     def end(self):
@@ -141,6 +144,11 @@ class TargetPass:
         for bound in self.plan.bound:
             bound.forget_maps()
         return slope
+
+    def _evaluated_again(self, rows: int):
+        """Count rows that were predicted once more than the guider asked for."""
+        if hasattr(self.guider, "rows"):
+            self.guider.rows += rows
 
     def _tell_apart(self):
         """Core gives the negative an entry like the positive's for each of its areas, which keeps the positive's uuid."""
@@ -200,14 +208,19 @@ class TargetPass:
         edited = [c for c, own in enumerate(call.uuids or ()) if own in self.targets] if edit is not None or maps else []
         if self._untouched(call) or not (any(edits) or edited):
             return call(q, k, v)
-        self._check(call, len(q))
+        call.check_rows(q, self.batch * len(call.parts))
+        for own in call.uuids or ():
+            if own in self._conds:
+                self.backbone.check(call, self._conds[own])
+        if edited:
+            call.check_words()
         heads = {"h": call.heads}
 
         def fetch(branch, name, turned=True):
             """The picture's rows of the source, where the target has them."""
             tensor = rearrange(self._fetch("joint", layer, q[:, call.image].flatten(2), branch, name), "b n (h d) -> b n h d", **heads)
-            there = self.source.before(branch) if turned and name in "qk" else None
-            return tensor if there is None else self.backbone.turn(tensor, call.image.start - there)
+            there = self.source.beside(branch)
+            return self.backbone.turn(tensor, call.image.start - there) if turned and name in "qk" else tensor
 
         words = {}
         positions = self._positions(layer, call, self.targets[call.uuids[edited[0]]], q.device) if edited else None
@@ -216,7 +229,7 @@ class TargetPass:
             words[c] = joint_attend.Words(edit=edit.of(usable), source=positions[0], target=positions[1], fetch=as_it_was)
         for bound, columns in maps if edited else ():
             rows = attend.rows_of(edited[:1], self.batch)
-            mine = (t[rows][:, call.image] for t in (q, k, v))
+            mine = (t[:, call.image][rows] for t in (q, k, v))
             seen = joint_attend.word_maps(*mine, columns, words.get(edited[0]), positions, as_it_was, call, rows)
             bound.see_maps(self._step, layer, call.grid, *(m.detach() for m in seen))
         return joint_attend.joint_attention(q, k, v, edits, words, fetch, call)
@@ -236,13 +249,6 @@ class TargetPass:
             source = self.backbone.positions(len(prompts.source_tokens), self.source.words(SOURCE).shape[1], there)
         return tuple(found and tuple(t.to(device) for t in found) for found in (source, target))
 
-    def _check(self, call: JointCall, rows):
-        if rows != self.batch * len(call.parts) or call.image.start < 0:
-            raise ValueError(
-                "A patch on the model changes the rows or tokens of its attention, so the source's cannot be put in their "
-                "places. Bypass it while attention control is connected."
-            )
-
     def _feature(self, block: Layer, h, call: NetworkCall):
         if self._untouched(call):
             return h
@@ -260,15 +266,21 @@ class CondFirst:
     Args:
         previous: another pack's function, or None.
         positive: uuids of the positive's entries.
+        again: None, or `(rows) -> None` where patches of other packs compare rows (Normalized Attention Guidance): then the
+            positive is evaluated once more, together with the rest, and its rows are told.
     """
 
-    def __init__(self, previous, positive: set):
-        self.previous, self.positive = previous, positive
+    def __init__(self, previous, positive: set, again=None):
+        self.previous, self.positive, self.again = previous, positive, again
 
     def __call__(self, args):
         conds, call = args["conds"], self.previous or _evaluate
         mine = [c is not None and any(entry["uuid"] in self.positive for entry in c) for c in conds]
         if not any(mine) or all(own or c is None for own, c in zip(mine, conds)):
+            return call(args)
+        if self.again is not None:
+            call(args | {"conds": [c if own else None for own, c in zip(mine, conds)]})
+            self.again(len(args["input"]) * sum(len(c) for own, c in zip(mine, conds) if own))
             return call(args)
         first, rest = (call(args | {"conds": [c if own == wanted else None for own, c in zip(mine, conds)]})
                        for wanted in (True, False))

@@ -2,6 +2,7 @@
 
     metadata   format, version, dtype (of what was captured), model: words
                path: fingerprint of the path it was captured from
+               beside words: <branch>: guidance and reference pictures that it was captured with, where there were any
                sha256: of all other metadata and all tensors as they are stored, in the order of their names
     tensors    <branch>/<site>/<layer>/<name>/<steps> [steps, B, ...], such as source/attn2/input.4.0/q/0-18,20: what
                was captured at one place, at steps 0 to 18 and 20 of the path;
@@ -36,7 +37,7 @@ _NUMBER = "(?:0|[1-9][0-9]{0,3})"
 _LAYER = rf"(?:input|middle|output|double|single)\.{_NUMBER}\.{_NUMBER}"
 _SLOT = re.compile(rf"(source|negative)/(?:attn[12]/{_LAYER}/[qkv]|joint/{_LAYER}/[qkvt]|feature/{_LAYER}/h)")
 _STEPS = re.compile(rf"{_NUMBER}(?:-{_NUMBER})?(?:,{_NUMBER}(?:-{_NUMBER})?)*")
-_ABOUT = "about/"
+_ABOUT, _BESIDE = "about/", "beside words: "
 
 
 def nbytes(store: AttentionStore, half=False) -> int:
@@ -65,6 +66,7 @@ def save(path, store: AttentionStore, half=False):
         pieces[f"{slot}/{_text(sorted(steps))}"] = Piece(slices=slices, dtype=dtype, shape=shape)
     origin, dtype_name = store.origin, str(dtype).removeprefix("torch.")
     metadata = KIND.metadata | {"dtype": dtype_name, "model": origin.model, "path": origin.path}
+    metadata |= {_BESIDE + branch: said for branch, said in origin.beside.items() if said}
     try:
         with whole(path) as file:
             write(file, metadata, pieces, KIND.header_limit, KIND.tensor_limit)
@@ -92,7 +94,8 @@ def load(path) -> AttentionStore:
         header, entries, steps = _header(file)
         tensors = file.read_all(entries, header["version"] != "1", as_stored=True)
     prompts = {name.removeprefix(_ABOUT): t for name, t in tensors.items() if name.startswith(_ABOUT)}
-    store = AttentionStore(origin=Origin(header["path"], header["model"], prompts))
+    beside = {branch: header.get(_BESIDE + branch, "") for branch in prompts}
+    store = AttentionStore(origin=Origin(header["path"], header["model"], prompts, beside))
     for name, steps_of_name in steps.items():
         for step, tensor in zip(steps_of_name, tensors[name]):
             store.add_named(f"{step}/{name.rpartition('/')[0]}", tensor)
@@ -114,6 +117,8 @@ def _header(file: TensorFile):
         raise ValueError("its header does not name the model")
     if not re.fullmatch("[0-9a-f]{64}", header.get("path", "")) or "sha256" not in header:
         raise ValueError("its header does not say which picture it belongs to")
+    if any(len(said) > 500 or not said.isprintable() for key, said in header.items() if key.startswith(_BESIDE)):
+        raise ValueError("its header does not say what was given beside the prompt")
     if header.get("dtype") not in ("float32", "float16"):
         raise ValueError("its numbers are neither float32 nor float16")
     entries = file.entries()

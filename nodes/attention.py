@@ -19,6 +19,7 @@ from .attention_inputs import (
     window,
 )
 from .choices import known
+from .edit_inputs import finite
 
 BLENDS = ["blend_words", "auto"]
 
@@ -171,6 +172,7 @@ class MasaCtrlNode(io.ComfyNode):
     def execute(cls, start_step, start_layer="masactrl", target_keys=False, prompts=None, source=None, source_mask=None,
                 target_mask=None, source_words="", target_words="", threshold=0.1, end_step=1.0, word_blocks="words",
                 attention=None):
+        finite("A mask of MasaCtrl", source_mask, target_mask)
         control = MasaCtrl(
             prompts=prompts,
             source=source,

@@ -39,18 +39,21 @@ class CaptureAttention(io.ComfyNode):
                 io.Boolean.Input("all_steps", default=False, optional=True, advanced=True,
                                  tooltip="Keep every step, not only those inside the controls' windows, so that "
                                  "windows can be changed later. Takes more memory."),
+                io.Conditioning.Input("positive", optional=True, tooltip="The edits' positive, for its guidance (FluxGuidance) "
+                                      "and reference pictures, where the model takes those. Its words are not read."),
             ],
             outputs=[sockets.Store.Output(display_name="store", tooltip="For the store input of a LEDITS sampler.")],
         )
 
     @classmethod
-    def execute(cls, model, negative, inversion, attention, skip, precision="float16", all_steps=False):
+    def execute(cls, model, negative, inversion, attention, skip, precision="float16", all_steps=False,
+                positive=None):
         known(cls, precision=precision)
         models.check(model, inversion)
         backbones.of(model.model)
         sigmas = sigmas_after(inversion, skip)
         sampler = CaptureSampler(inversion, attention, dtype=DTYPES[precision], all_steps=all_steps)
-        guider = LeditsGuider(model, source_conditioning(attention) or negative, negative, 1.0)
+        guider = LeditsGuider(model, positive or source_conditioning(attention) or negative, negative, 1.0)
         picture = inversion.latent_format.process_out(inversion.latents[-1])
         feedback.sample(guider, sampler, picture, sigmas, mask=inversion.mask)
         costs = feedback.costs(guider.rows, len(sigmas) - 1, store_bytes=sampler.store.nbytes)

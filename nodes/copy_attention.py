@@ -15,6 +15,7 @@ from .attention_inputs import (
     window,
 )
 from .choices import known
+from .edit_inputs import finite
 
 ROWS = {"structure (q, k)": "qk", "look (k, v)": "kv", "values (v)": "v"}
 REGIONS = ("outside the mask", "inside the mask")
@@ -54,6 +55,11 @@ class CopyAttentionNode(io.ComfyNode):
     def execute(cls, rows, end_step, region, prompts=None, source=None, mask=None, start_step=0.0, blocks="all",
                 attention=None):
         known(cls, rows=rows, region=region)
+        finite("The mask of Copy Attention", mask)
+        if mask is not None and ((mask >= 0.5) == (region == REGIONS[0])).all():
+            raise ValueError(
+                f"There is nothing {region}, so no rows would be taken: look at the mask, or choose the other region."
+            )
         control = CopyAttention(
             prompts=prompts,
             source=source,

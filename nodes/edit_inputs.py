@@ -1,6 +1,7 @@
 """Shared by nodes that edit: inputs, the levels of an edit, and the run of its SAMPLER."""
 
 import comfy.model_management
+import torch
 from comfy_api.latest import io
 
 from ..samplers.guider import LeditsGuider
@@ -54,6 +55,16 @@ def eta_input():
 def chosen_eta(value: float) -> float | None:
     """The value of `eta_input` as `LeditsSampler` takes it."""
     return None if value < 0 else value
+
+
+def finite(name: str, *masks):
+    """Refuse MASKs (or None) that hold NaN or infinite numbers, which a comparison would take for places outside.
+
+    Raises:
+        ValueError: names the input.
+    """
+    if any(mask is not None and not torch.isfinite(mask).all() for mask in masks):
+        raise ValueError(f"{name} holds NaN or infinite numbers: look at the node that makes it.")
 
 
 def free_steps_input():

@@ -17,6 +17,7 @@ from ..files.places import inside, not_written, relative
 from .choices import known
 from .drawing.card import Card
 from .drawing.pixels import to_batch, to_image
+from .edit_inputs import finite
 from .feedback import show
 
 CARDS = 16  # pictures of a batch that are drawn
@@ -84,7 +85,8 @@ class EditMetrics(io.ComfyNode):
     @classmethod
     def execute(cls, source, edited, mode, source_prompt, target_prompt, mask=None, jpeg=False, csv="", label=""):
         known(cls, mode=mode)
-        sources, edits, masks = _matched(source, edited, mask)
+        finite("The mask", mask)
+        sources, edits, masks, cropped = _matched(source, edited, mask)
         prompts = {"source_prompt": source_prompt, "target_prompt": target_prompt}
         note = {"label": label, "mode": mode, "jpeg": jpeg, **prompts}
         path = _csv_path(csv)
@@ -98,7 +100,7 @@ class EditMetrics(io.ComfyNode):
             with _refused(csv):
                 csv_file.append(path, [note | row for row in rows])
         values = table.mean(rows)
-        text = table.text(values, tool.missing)
+        text = cropped + table.text(values, tool.missing)
         show(cls, text)
         pictures = list(zip(sources, edits, masks, rows))[:CARDS]
         cards = to_batch([_card(*picture, mode=mode) for picture in pictures])
@@ -131,7 +133,10 @@ class _Place:
 
 
 def _matched(source, edited, mask):
-    """Source and edit float32 [B, H, W, 3], mask float32 [B, H, W], on the CPU, of one size and number."""
+    """Source and edit float32 [B, H, W, 3], mask float32 [B, H, W], on the CPU, of one size and number; what was cropped, in
+    words.
+    """
+    cropped = ""
     source, edited = source[..., :3].float().cpu(), edited[..., :3].float().cpu()
     masks = torch.zeros(source.shape[:3]) if mask is None else mask.float().cpu()
     masks = masks[None] if masks.ndim == 2 else masks
@@ -144,13 +149,14 @@ def _matched(source, edited, mask):
         if masks.shape[1:] == (h, w):
             masks = masks[:, top : top + eh, left : left + ew]
         source = source[:, top : top + eh, left : left + ew]
+        cropped = f"The source of {w} x {h} was cropped to {ew} x {eh} in the middle, as VAE Encode does.\n"
     if masks.shape[1:] != edited.shape[1:3]:
         masks = torch.nn.functional.interpolate(masks[:, None], edited.shape[1:3], mode="nearest-exact")[:, 0]
     n = len(edited)
     for name, batch in (("sources", source), ("masks", masks)):
         if len(batch) not in (1, n):
             raise ValueError(f"There are {len(batch)} {name} for {n} edits: give one for all, or one for each.")
-    return source.expand(n, -1, -1, -1), edited, masks.expand(n, -1, -1)
+    return source.expand(n, -1, -1, -1), edited, masks.expand(n, -1, -1), cropped
 
 
 def _cropped_by_a_vae(size, edited):

@@ -78,7 +78,7 @@ def _inverted(inverter, *, model, positive, negative, latent, cfg, steps, schedu
         guider = LeditsGuider(model, positive, negative, cfg)
         x_T, rows = run(guider, branch, samples, sigmas, latent=latent), rows + guider.rows
         inversion = replace(branch.inversion, settings=inversion.settings)
-    return output(inversion, x_T, rows, latent, loss=inversion.settings.get("loss"))
+    return output(inversion, x_T, rows, latent, loss=inversion.settings.get("loss"), note=gradients.left_out(model))
 
 
 class NullTextInversion(io.ComfyNode):

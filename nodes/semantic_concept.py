@@ -7,6 +7,7 @@ from ..attention_hooks.text import tokens
 from ..samplers.methods.sega import MASKS, Concept
 from . import sockets
 from .choices import known
+from .edit_inputs import finite
 
 CATEGORY = "LEDITS/guidance"
 
@@ -74,8 +75,7 @@ class SemanticConcept(io.ComfyNode):
             conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
         reads_attention = Concept(conditioning=None, mask=masking).reads_attention
         words = _words(None if given else clip, prompt) if reads_attention else None
-        if mask is not None and not torch.isfinite(mask).all():
-            raise ValueError("The concept's mask holds NaN or infinite numbers: look at the node that makes it.")
+        finite("The concept's mask", mask)
         concept = Concept(
             conditioning=conditioning,
             direction=1 if direction == "towards" else -1,

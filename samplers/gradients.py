@@ -140,6 +140,13 @@ def torch_attention(function, *args, **kwargs):
     return attention_pytorch(*args, **kwargs)
 
 
+def left_out(model: ModelPatcher) -> str:
+    """What of a MODEL does not act while an inversion learns on it, in words; "" for nothing."""
+    if model.model_options.get("transformer_options", {}).get("optimized_attention_override") is None:
+        return ""
+    return "Another pack's attention on the model did not act: while learning torch's own, which has a derivative, stands in"
+
+
 def as_given(options: dict) -> dict:
     """`model_options` of a `differentiable` MODEL without the attention that was put there."""
     inner = options.get("transformer_options", {})

@@ -88,7 +88,7 @@ class LeditsGuider(comfy.samplers.CFGGuider):
             raise ValueError(f"cfg is {cfg}: choose a number.")
         self.concepts = tuple(concepts)
         self.rows = 0
-        self._sega = self._compared = None
+        self._sega = self._compared = self._maps = None
         conds = {"positive": positive, "negative": negative}
         self.inner_set_conds(conds | {f"concept_{i}": c.conditioning for i, c in enumerate(self.concepts)})
         self.set_cfg(cfg)
@@ -100,7 +100,7 @@ class LeditsGuider(comfy.samplers.CFGGuider):
         try:
             return super().sample(*args, **kwargs)
         finally:
-            self._sega = self._compared = None
+            self._sega = self._compared = self._maps = None
 
     def predict_noise(self, x, timestep, model_options={}, seed=None):
         options = model_options
@@ -117,10 +117,11 @@ class LeditsGuider(comfy.samplers.CFGGuider):
         positive, negative = self.conds["positive"], self.conds["negative"]
         conds = [positive if use_positive else None, negative if use_negative and not shared else None]
         evaluate = self._as_core if as_core and wanted else self._evaluate
-        looks = self._looks(wanted, x)
-        watching = options if looks is None else looks.install(options)
+        if self._maps is None:
+            self._maps = self._look(x)
+        watching = self._maps.install(options) if self._maps and wanted else options
         predictions = evaluate(conds + [self.conds[f"concept_{i}"] for i in wanted], x, timestep, watching)
-        maps = None if looks is None else looks.maps()
+        maps = self._maps.maps(wanted) if self._maps and wanted else None
         if shared:
             predictions[1] = predictions[0]
 
@@ -136,10 +137,21 @@ class LeditsGuider(comfy.samplers.CFGGuider):
         gamma = self._sega(step, slope(x, negative, sigma) if wanted else None, eps, maps)
         return denoised if gamma is None else denoised - sigma * gamma
 
-    def _looks(self, wanted, x):
-        """`ConceptMaps` of the concepts whose masks are made of attention, or None."""
-        words = {i: self.concepts[i].words for i in wanted if self.concepts[i].reads_attention}
-        return ConceptMaps(self, words, {i: self.conds[f"concept_{i}"] for i in words}, x) if words else None
+    def _look(self, x) -> ConceptMaps | bool:
+        """`ConceptMaps` of the concepts whose masks are made of attention, False where there are none; once a run, before
+        anything is predicted.
+
+        Raises:
+            ValueError: as `ConceptMaps`, or masks of another number than the pictures.
+        """
+        for concept in self.concepts:
+            if concept.area is not None and len(concept.area) not in (1, len(x)):
+                raise ValueError(
+                    f"A concept was given {len(concept.area)} masks for {len(x)} picture{'s' * (len(x) > 1)}: connect one for "
+                    "all, or one for each."
+                )
+        words = {i: c.words for i, c in enumerate(self.concepts) if c.reads_attention}
+        return ConceptMaps(self, words, {i: self.conds[f"concept_{i}"] for i in words}, x) if words else False
 
     def _one_serves_both(self):
         """Compared again only where a sampler has put another conditioning in place (`overrides`)."""
@@ -152,14 +164,15 @@ class LeditsGuider(comfy.samplers.CFGGuider):
         """As `_evaluate`, in calls of core's own kind.
 
         Concepts come before the pair, as patches may keep what they saw last for a `sampler_post_cfg_function`
-        (SelfAttentionGuidance). Where attention control reads the positive's maps, the positive comes before all others.
+        (SelfAttentionGuidance). Where attention control reads the positive's maps, the positive comes before all others,
+        and once more with the negative.
         """
-        pair, concepts = conds[:2], conds[2:]
-        first = isinstance(options.get("sampler_calc_cond_batch_function"), CondFirst)
-        before = self._evaluate([pair[0], None], x, timestep, options) if first else None
+        pair, concepts, name = conds[:2], conds[2:], "sampler_calc_cond_batch_function"
+        if isinstance(options.get(name), CondFirst):
+            self._evaluate([pair[0], None], x, timestep, options)
+            options = {**options, name: options[name].previous}
         pushed = [self._evaluate([None, concept], x, timestep, options)[1] for concept in concepts]
-        out = self._evaluate([None, pair[1]] if first else pair, x, timestep, options)
-        return [before[0] if first else out[0], out[1], *pushed]
+        return [*self._evaluate(pair, x, timestep, options), *pushed]
 
     def _evaluate(self, conds, x, timestep, options):
         """Predictions D for each CONDITIONING; None gives zeros, as in core."""

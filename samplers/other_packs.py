@@ -1,40 +1,27 @@
-"""What is on a MODEL beside the pack's own: patches, wrappers and functions of other packs, and what they allow."""
+"""What is on a MODEL beside the pack's own: patches, wrappers and functions of other packs, and what they allow; see also
+`attention_hooks.foreign`.
+"""
 
 import torch
-from comfy.patcher_extension import WrappersMP
 
+from ..attention_hooks.foreign import NEUTRAL, of_rows
 from .methods.families import slope
 from .methods.shapes import append_dims
 
 # Of a slope's root mean square. Where something draws random numbers it differs by several hundredths; float16 and
 # bfloat16 round to a thousandth, and mostly answer alike.
 _REPEATS = 5e-3
-# Wrappers that take every row for itself: core's, and what `gradients.differentiable` adds.
-_NEUTRAL = ("torch.compile", "easycache", "lazycache", "ledits_gradients")
-_OF_CALLS = (WrappersMP.CALC_COND_BATCH, WrappersMP.APPLY_MODEL, WrappersMP.DIFFUSION_MODEL)
-
 NOT_REPEATED = (
     "The model gives another prediction when it is asked the same again: a patch on it draws random numbers (Token Merging, "
     "for instance) or remembers earlier steps"
 )
 
 
-def of_rows(options: dict) -> bool:
-    """Whether something on a model may look at the rows of a call, or compare them: which are the positive's, which the
-    negative's, in core's own order and number. Such patches are made for the calls that core's guider makes."""
-    inner = options.get("transformer_options", {})
-    if any(options.get(name) for name in ("model_function_wrapper", "sampler_calc_cond_batch_function")):
-        return True
-    return any(inner.get(name) for name in ("patches", "patches_replace", "optimized_attention_override")) or any(
-        own for kind in _OF_CALLS for key, own in inner.get("wrappers", {}).get(kind, {}).items() if key not in _NEUTRAL
-    )
-
-
 def of_predictions(options: dict, conds: dict) -> bool:
     """Whether something on a model or on its conditionings may change a prediction in a way that this pack cannot know."""
     inner = options.get("transformer_options", {})
     functions = any(value for name, value in options.items() if name.startswith("sampler_"))
-    wrapped = any(own for by_key in inner.get("wrappers", {}).values() for key, own in by_key.items() if key not in _NEUTRAL)
+    wrapped = any(own for by_key in inner.get("wrappers", {}).values() for key, own in by_key.items() if key not in NEUTRAL)
     return of_rows(options) or functions or wrapped or any("hooks" in c for cond in conds.values() for c in cond or ())
 
 

@@ -3,6 +3,7 @@ import sys
 
 import pytest
 import torch
+from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
 from comfyui_ledits.attention_hooks import backbones
 from comfyui_ledits.attention_hooks.controls.local_blend import LocalBlend
@@ -11,6 +12,7 @@ from comfyui_ledits.attention_hooks.controls.p2p import PromptToPrompt
 from comfyui_ledits.attention_hooks.controls.pnp import PlugAndPlay
 from comfyui_ledits.attention_hooks.controls.record import Record
 from comfyui_ledits.files import store_file
+from comfyui_ledits.nodes.capture_attention import CaptureAttention
 from comfyui_ledits.samplers.guider import LeditsGuider
 from comfyui_ledits.samplers.ledits import LeditsSampler
 from oracles.joint_softmax import KINDS, Explicit, softmax
@@ -247,6 +249,69 @@ def test_guidance_of_the_positive_is_the_sources_too():
     assert (edit(words.source) - edit(guided(words.source, 8.0))).abs().max() > 1e-4
 
 
+def guided(words, value):
+    """`EditPrompts` whose target carries guidance, as FluxGuidance puts it there."""
+    return words.__class__(**{**vars(words), "target": [[c[0], {**c[1], "guidance": value}] for c in words.target]})
+
+
+def test_a_kept_store_is_for_the_guidance_it_was_captured_with(tmp_path):
+    """The live pass takes the positive's; so does Capture Attention where it is connected, and other guidance is refused."""
+    model, path, words = tiny_flow.model("flux"), flow_editing.path("flux"), flow_editing.prompts("flux", 12, 12)
+    words, negative = guided(words, 1.5), tiny_flow.conditioning("flux", 3)
+    common = {"model": model, "negative": negative, "inversion": path, "attention": (structure(words),), "skip": 0,
+              "precision": "float32"}
+    with torch.inference_mode():
+        right, wrong = (CaptureAttention.execute(**common, **more)[0] for more in ({"positive": words.target}, {}))
+    live = editing.run(model, path, words.target, negative, 1.0, [structure(words)])[0]
+    store_file.save(tmp_path / "store", right)
+    for store in (right, store_file.load(tmp_path / "store")):
+        kept = editing.run(model, path, words.target, negative, 1.0, [structure(words)], store=store)[0]
+        assert (kept - live).abs().max() < 1e-5
+    with pytest.raises(ValueError, match="captured with guidance 3.5, the edit has guidance 1.5: connect the edit's positive"):
+        editing.run(model, path, words.target, negative, 1.0, [structure(words)], store=wrong)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("sd3", "wan", "hidream")])
+@pytest.mark.parametrize("of", ["source", "target"])
+def test_tokens_that_are_not_the_prompts_are_refused(kind, of):
+    """A patch takes the last words away from one of the two: the picture's tokens would be looked for beside their places."""
+    path, words = flow_editing.path(kind, 1, 1), flow_editing.prompts(kind, 12, 12)
+    model, source = tiny_flow.model(kind).clone(), words.source[0][0]
+
+    def shorter(executor, x, t, context, *args, **kwargs):
+        is_source = context.shape[1] >= 12 and torch.equal(context[:, -12:], source.to(context))
+        if kind == "zimage":  # padded to 32 for up to 32 words
+            context = torch.cat([context] * 3, 1) if is_source == (of == "source") else context
+        elif is_source == (of == "source"):
+            context = context[:, :-2]
+        return executor(x, t, context, *args, **kwargs)
+
+    model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "test", shorter)
+    with pytest.raises(ValueError, match="tokens beside the picture where its prompt makes"):
+        editing.run(model, path, words.target, words.target, 1.0, [structure(words)])
+
+
+def test_another_text_added_to_the_prompt_is_refused():
+    """A conditioning of more tokens than the prompt: only Flux.2 pads in front."""
+    backbone = backbones.of(tiny_flow.model("flux").model)
+    assert backbone.positions(12, 12, 12)[0].tolist() == list(range(12))
+    with pytest.raises(ValueError, match="12 tokens and its conditioning 20"):
+        backbone.positions(12, 20, 20)
+    padded = backbones.of(tiny_flow.model("flux2").model).positions(12, 512, 512)[0]
+    assert padded[:500].eq(-1).all() and padded[500:].tolist() == list(range(12))
+
+
+@pytest.mark.parametrize("kind", ["lumina2", "zimage"])
+def test_source_and_negative_of_other_lengths(kind):
+    """Where positions depend on the number of words each branch is turned by its own, in one call or two."""
+    path, words = flow_editing.path(kind, 1, 1), flow_editing.prompts(kind, 9, 12)
+    control, negative = [MasaCtrl(source=words.source, window=EVERY, blocks="all")], tiny_flow.conditioning(kind, 3, 40)
+    one, three, nine = (editing.run(tiny_flow.model(kind), path, words.target, negative, cfg, control)[0] for cfg in (1.0, 3.0, 9.0))
+    plain = editing.run(tiny_flow.model(kind), path, words.target, negative, 3.0, [])[0]
+    assert (three - plain).abs().max() > 1e-4
+    assert ((nine - one) - 4 * (three - one)).abs().max() < 1e-5  # of one step: guidance is linear in its branches
+
+
 def test_a_mask_of_the_words(monkeypatch):
     """Qwen-Image hides padding from the picture: rows and masks follow it, edits of words are refused."""
     mask = torch.ones(1, 12, dtype=torch.long)
@@ -277,8 +342,12 @@ def test_a_mask_of_the_words(monkeypatch):
     expected = flow_editing.slow_edit("qwen", path, {"source": words.source, "target": words.target}, override)
     out = editing.run(tiny_flow.model("qwen"), path, words.target, words.target, 1.0, [structure(words)])[0]
     assert (out - expected).abs().max() < 1e-5
-    with pytest.raises(ValueError, match="hidden from the picture by a mask"):
-        flow_editing.edit("qwen", path, words, [PromptToPrompt(prompts=words, cross=EVERY)])
+    bare = flow_editing.prompts("qwen", 12, 12)
+    for source, target in ((words.source, words.target), (words.source, bare.target), (bare.source, words.target)):
+        given = words.__class__(**{**vars(words), "source": source, "target": target})
+        for control in (PromptToPrompt(prompts=given, cross=EVERY), Record(prompts=given)):
+            with pytest.raises(ValueError, match="hidden from the picture by a mask"):
+                flow_editing.edit("qwen", path, given, [control])
 
 
 @pytest.mark.parametrize("kind", KINDS)

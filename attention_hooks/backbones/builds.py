@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import comfy.ldm.aura.mmdit
 import comfy.ldm.chroma.model
@@ -33,6 +33,7 @@ class Build:
         sites: the attention calls of a block, in order; a PICTURE one has nothing to edit.
         marks: who tells the block: "network", "dit" (a patch of ours), or "count" (calls are counted).
         words_twice: the last of two text encoders' words come once more, by layer (HiDream).
+        padded_in_front: whether core puts empty words before a short prompt's (Flux.2).
         turned: (width, base) of the rotary part whose positions depend on how many words there are, or None.
     """
 
@@ -46,6 +47,7 @@ class Build:
     sites: tuple[str, ...] = (JOINT,)
     marks: str = "network"
     words_twice: bool = False
+    padded_in_front: bool = False
     turned: tuple[int, float] | None = None
 
 
@@ -103,6 +105,7 @@ _BUILDS: dict[type, Callable] = {
     comfy.ldm.hidream.model.HiDreamImageTransformer2DModel: _hidream,
     comfy.ldm.wan.model.WanModel: _wan,
 }
+_FLUX2 = getattr(comfy.model_base, "Flux2", ())
 # Their networks are of these classes, but lay out their tokens otherwise.
 _OTHERWISE = tuple(filter(None, (getattr(comfy.model_base, name, None) for name in ("LongCatImage",))))
 
@@ -116,4 +119,5 @@ def known(model) -> bool:
 
 def build_of(model) -> Build:
     """Of a `BaseModel` that is `known`."""
-    return _BUILDS[type(model.diffusion_model)](model.diffusion_model)
+    build = _BUILDS[type(model.diffusion_model)](model.diffusion_model)
+    return replace(build, padded_in_front=isinstance(model, _FLUX2))

@@ -155,12 +155,31 @@ class JointCall(NetworkCall):
             mask = torch.cat([mask[..., : self.image.start, :], mask[..., self.image.stop :, :]], -2)
         return self._run(self.split(q)[0], self._k[rows], self._v[rows], mask, self.of_rows(rows, len(self._k)), False)
 
-    def masked(self) -> bool:
-        """Whether words or references are hidden from anybody."""
-        if self._mask is None:
-            return False
-        hidden = ~self._mask if self._mask.dtype == torch.bool else self._mask != 0
-        return bool(hidden.any())
+    def check_rows(self, q: torch.Tensor, rows: int):
+        """Refuse another number of rows, or fewer tokens than the picture has.
+
+        Raises:
+            ValueError: what to do.
+        """
+        if len(q) != rows or self.image.start < 0:
+            raise ValueError(
+                "A patch on the model changes the rows or tokens of its attention, so that the source's cannot be told from the "
+                "target's. Bypass it while attention control is connected."
+            )
+
+    def check_words(self):
+        """Refuse words that are hidden from the picture: what falls on each of them cannot be followed then.
+
+        Raises:
+            ValueError: what to do.
+        """
+        hidden = self._mask is not None and (~self._mask if self._mask.dtype == torch.bool else self._mask != 0).any()
+        if hidden:
+            raise ValueError(
+                "Parts of a prompt are hidden from the picture by a mask of the text encoder, so its words cannot be followed. "
+                "Leave edits and masks by words out (cross_replace_steps 0, no local blend, a concept's mask without "
+                "attention), or use prompts that are encoded without padding."
+            )
 
     def words(self, rows: Sequence[int]):
         """Keys and values of the rows' other tokens."""

@@ -44,6 +44,32 @@ class Joint:
         """Frames of tokens."""
         return -(-latent_frames // self.build.patch[0])
 
+    def beside(self, conds: dict) -> int:
+        """Tokens of words, and of the network's own, that an encoded conditioning makes: before the picture where that comes
+        last, behind it where it comes first.
+
+        Args:
+            conds: the entry's `model_conds`.
+        """
+        words = conds["c_crossattn"].cond.shape[1]
+        if self.build.words_twice:
+            return words + 2 * conds["encoder_hidden_states_llama3"].cond.shape[2]
+        return self.build.registers - (-words // self.build.padded) * self.build.padded
+
+    def check(self, call: JointCall, conds: dict):
+        """Refuse a call whose tokens do not lie as the conditioning of its rows makes them.
+
+        Raises:
+            ValueError: more or fewer of them: what to do.
+        """
+        there = call.others if self.build.picture == "first" else call.image.start
+        if there != self.beside(conds):
+            raise ValueError(
+                f"The model has {there} tokens beside the picture where its prompt makes {self.beside(conds)}: a patch on the "
+                "model (merged tokens, for instance), or pictures given with the prompt, add to them or take some away, so "
+                "the source's cannot be put in their places. Remove them while attention control is connected."
+            )
+
     def positions(self, words: int, encoded: int, others: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Which of a layer's tokens beside the picture are which of a prompt's.
 
@@ -56,15 +82,16 @@ class Joint:
             of every such token its word or -1, and the number of the copy, int64 [others] each.
 
         Raises:
-            ValueError: the layer has fewer tokens than words.
+            ValueError: the conditioning is not the prompt's.
         """
         b = self.build
         again = words - encoded if b.words_twice else 0
-        first = b.registers + (0 if b.words_twice else encoded - words)
-        if first < 0 or first + words + again > others:
+        before = 0 if b.words_twice else encoded - words
+        first = b.registers + before
+        if min(before, again) < 0 or before and not b.padded_in_front or first + words + again > others:
             raise ValueError(
-                f"The model has {others} tokens beside the picture where the prompt has {words}: a patch on the model "
-                "changes the prompt. Bypass it while attention control is connected."
+                f"The prompt has {words} tokens and its conditioning {encoded}, of which the model sees {others} beside the "
+                "picture: its words cannot be told apart. Connect what Edit Prompts gives, without another text added to it."
             )
         at, copy = torch.full((others,), -1), torch.zeros(others, dtype=torch.long)
         at[first : first + words] = torch.arange(words)
@@ -73,17 +100,13 @@ class Joint:
             copy[first + words : first + words + again] = 1
         return at, copy
 
-    def before(self, encoded: int) -> int | None:
-        """Tokens before the picture for a conditioning of so many words, where positions depend on it; else None."""
-        return -(-encoded // self.build.padded) * self.build.padded if self.build.turned else None
-
     def turn(self, tensor: torch.Tensor, by: int) -> torch.Tensor:
         """Picture tokens' q or k as they would be with `by` more tokens before the picture.
 
         Args:
             tensor: [rows, tokens, heads, width of a head], rotary positions applied.
         """
-        if self.build.turned is None or by == 0:
+        if self.build.turned is None or by == 0:  # elsewhere the picture's positions are its own
             return tensor
         width, base = self.build.turned
         omega = base ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
