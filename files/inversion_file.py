@@ -24,6 +24,7 @@ import torch
 from ..samplers.methods.families import FAMILIES
 from ..samplers.methods.record import Inversion, check_sigmas
 from .file_kind import FileKind
+from .letters import whole_letters
 from .rounding import rounding
 from .tensor_file import HEADER_LIMIT, Entry, TensorFile, is_text, parse
 from .tensor_writer import piece, whole, write
@@ -84,7 +85,7 @@ def save(path, inversion: Inversion, latent_format, half=False):
     metadata |= {"latent_format": _json(latent_format), "settings": _json(settings),
                  "source_sha256": _hash(exact["latents"][-1])}
     if inversion.settings.get("source_prompt"):
-        metadata["source_prompt"] = _text(str(inversion.settings["source_prompt"]))
+        metadata["source_prompt"] = whole_letters(str(inversion.settings["source_prompt"]))
     if cost is not None:
         metadata["rounding"] = _json(cost)
     if len(json.dumps(metadata)) > HEADER_LIMIT // 2:
@@ -280,14 +281,9 @@ def _json(value):
 def _values(value):
     """A value as JSON can hold it. Numbers that are not finite become None."""
     if isinstance(value, dict):
-        return {_text(str(k)): _values(v) for k, v in value.items()}
+        return {whole_letters(str(k)): _values(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [_values(v) for v in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, int) else _text(str(value))
-
-
-def _text(value):
-    """Text without halves of letters, which no file and no screen can hold."""
-    return value.encode("utf-8", "replace").decode("utf-8")
+    return value if value is None or isinstance(value, int) else whole_letters(str(value))

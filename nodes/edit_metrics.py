@@ -13,6 +13,7 @@ from einops import repeat
 
 from ..evaluation import metrics, networks, table
 from ..files import csv_file
+from ..files.letters import whole_letters
 from ..files.places import inside, not_written, relative
 from .choices import known
 from .drawing.card import Card
@@ -87,7 +88,7 @@ class EditMetrics(io.ComfyNode):
         known(cls, mode=mode)
         finite("The mask", mask)
         sources, edits, masks, cropped = _matched(source, edited, mask)
-        prompts = {"source_prompt": source_prompt, "target_prompt": target_prompt}
+        prompts = {"source_prompt": whole_letters(source_prompt), "target_prompt": whole_letters(target_prompt)}
         note = {"label": label, "mode": mode, "jpeg": jpeg, **prompts}
         path = _csv_path(csv)
         if path:

@@ -4,6 +4,7 @@ from comfy_api.latest import io
 
 from ..attention_hooks.text.align import MAPPINGS
 from ..attention_hooks.text.prompts import edit_prompts
+from ..files.letters import whole_letters
 from . import sockets
 from .attention_inputs import CATEGORY
 from .choices import known
@@ -43,7 +44,7 @@ class EditPrompts(io.ComfyNode):
     @classmethod
     def execute(cls, clip, source, target, mapping="auto"):
         known(cls, mapping=mapping)
-        prompts = edit_prompts(clip, source, target, mapping)
+        prompts = edit_prompts(clip, whole_letters(source), whole_letters(target), mapping)
         return io.NodeOutput(prompts.source, prompts.target, prompts)
 
 

@@ -5,6 +5,7 @@ from comfy_api.latest import io
 
 from ..attention_hooks.controls.pix2pix_zero import Pix2PixZero
 from ..attention_hooks.text.edit_direction import add_direction, edit_direction, may_be_cut, sentences
+from ..files.letters import whole_letters
 from .attention_inputs import (
     CATEGORY,
     attention_output,
@@ -78,7 +79,7 @@ class EditDirection(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip, conditioning, source_sentences, target_sentences, strength):
-        before, after = sentences(source_sentences), sentences(target_sentences)
+        before, after = (sentences(whole_letters(text)) for text in (source_sentences, target_sentences))
         bar = comfy.utils.ProgressBar(len(before) + len(after))
         direction, pooled = edit_direction(clip, before, after, lambda: bar.update(1))
         return io.NodeOutput(add_direction(conditioning, direction, pooled, strength, may_be_cut(clip)))

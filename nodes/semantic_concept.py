@@ -4,6 +4,7 @@ import torch
 from comfy_api.latest import io
 
 from ..attention_hooks.text import tokens
+from ..files.letters import whole_letters
 from ..samplers.methods.sega import MASKS, Concept
 from . import sockets
 from .choices import known
@@ -62,6 +63,7 @@ class SemanticConcept(io.ComfyNode):
     def execute(cls, prompt, direction, scale, threshold, warmup, cooldown, momentum_scale, momentum_beta, weight,
                 clip=None, conditioning=None, concepts=None, masking=MASKS[0], mask=None, start=0.0):
         known(cls, direction=direction, masking=masking)
+        prompt = whole_letters(prompt)
         given = conditioning is not None
         if not given:
             if not prompt.strip():

@@ -14,16 +14,22 @@ from comfyui_ledits.attention_hooks.backbones.unet import UNet
 from comfyui_ledits.attention_hooks.text import widget_text
 from comfyui_ledits.files import inversion_file, latent_formats
 from comfyui_ledits.nodes import attention_inputs, compare
+from comfyui_ledits.nodes.attention import MasaCtrlNode
+from comfyui_ledits.nodes.copy_attention import REGIONS, ROWS, CopyAttentionNode
 from comfyui_ledits.nodes.ddim_inversions import DDIMInversion, DirectInversion, NegativePromptInversion
 from comfyui_ledits.nodes.drawing import text
 from comfyui_ledits.nodes.edit_friendly_inversion import EditFriendlyInversion
+from comfyui_ledits.nodes.edit_metrics import EditMetrics
+from comfyui_ledits.nodes.edit_prompts import EditPrompts
 from comfyui_ledits.nodes.inversion_inputs import noise_levels
 from comfyui_ledits.nodes.learned_inversions import NullTextInversion, StyleDiffusionInversion
+from comfyui_ledits.nodes.pix2pix_zero_edit import EditDirection
 from comfyui_ledits.nodes.sampling import LeditsSamplerNode
+from comfyui_ledits.nodes.semantic_concept import SemanticConcept
 from comfyui_ledits.nodes.unpack_pack import PackInversion, UnpackInversion
 from comfyui_ledits.samplers.guider import LeditsGuider
 from comfyui_ledits.samplers.methods.sega import Concept
-from support import mutations, runs, tiny
+from support import editing, mutations, runs, tiny
 from support.runs import TARGET, edit, model, prompts
 
 pytestmark = pytest.mark.usefixtures("inference_mode")
@@ -116,6 +122,64 @@ def test_a_mask_that_holds_nan_is_refused_before_the_model_runs():
     with tiny.Calls(model()) as calls:
         assert "mask" in soon(lambda: edit("sd1", path, cfg=2.0, mask=mask))
     assert not calls.calls
+
+
+def hole(*shape):
+    """A mask with a value that is no number."""
+    mask = torch.ones(shape)
+    mask[..., 0, 0] = math.nan
+    return mask
+
+
+CONCEPT = {"prompt": "red", "direction": "towards", "scale": 5.0, "threshold": 0.9, "warmup": 1, "cooldown": 0, "momentum_scale": 0.0,
+           "momentum_beta": 0.4, "weight": 1.0}
+MASKED = {
+    "MasaCtrl, source": lambda mask, words: MasaCtrlNode.execute(start_step=0.0, source=words, source_mask=mask),
+    "MasaCtrl, target": lambda mask, words: MasaCtrlNode.execute(start_step=0.0, source=words, source_mask=mask * 0 + 1, target_mask=mask),
+    "Copy Attention": lambda mask, words: CopyAttentionNode.execute(rows=next(iter(ROWS)), end_step=0.3, region=next(iter(REGIONS)),
+                                                                    source=words, mask=mask),
+    "Semantic Concept": lambda mask, words: SemanticConcept.execute(conditioning=words, mask=mask, **CONCEPT),
+    "Edit Metrics": lambda mask, words: EditMetrics.execute(torch.zeros(1, 32, 32, 3), torch.zeros(1, 32, 32, 3), "plain", "", "", mask),
+}
+
+
+@pytest.mark.parametrize("node", MASKED)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_nodes_mask_that_holds_no_number_is_refused(node, bad):
+    assert "mask" in soon(lambda: MASKED[node](hole(1, 32, 32).nan_to_num(bad), prompts("sd1")[0]))
+
+
+@pytest.mark.parametrize("region", REGIONS)
+def test_a_mask_that_leaves_no_rows_to_take_is_refused(region):
+    given = {"rows": next(iter(ROWS)), "end_step": 0.3, "region": region, "source": prompts("sd1")[0]}
+    nothing = torch.ones(1, 32, 32) if "outside" in region else torch.zeros(1, 32, 32)
+    assert "no rows would be taken" in soon(lambda: CopyAttentionNode.execute(mask=nothing, **given))
+    assert CopyAttentionNode.execute(mask=1 - nothing, **given)
+
+
+def test_masks_of_a_concept_are_one_or_as_many_as_the_pictures():
+    path = runs.invert(EditFriendlyInversion, "sd1", steps=4)[0]
+    concepts, = SemanticConcept.execute(conditioning=prompts("sd1")[1], mask=torch.ones(3, 64, 64), **CONCEPT)
+    pictures = path.latents.shape[1]
+    with tiny.Calls(model()) as calls:
+        assert f"3 masks for {pictures} picture" in soon(lambda: edit("sd1", path, cfg=2.0, concepts=concepts))
+    assert not calls.calls
+
+
+@pytest.mark.parametrize("node", ["Edit Prompts", "Semantic Concept", "Edit Direction"])
+def test_halves_of_letters_are_question_marks_in_prompts(node):
+    """JSON can hold a lone surrogate, no tokenizer takes one."""
+    clip = editing.clip()
+
+    def encoded(text):
+        if node == "Edit Prompts":
+            return EditPrompts.execute(clip=clip, source=text, target=text)[0]
+        if node == "Semantic Concept":
+            return SemanticConcept.execute(clip=clip, **CONCEPT | {"prompt": text})[0][0].conditioning
+        return EditDirection.execute(clip=clip, conditioning=EditPrompts.execute(clip=clip, source="a", target="a")[0],
+                                     source_sentences="a dog", target_sentences=text, strength=1.0)[0]
+
+    assert torch.equal(encoded("a \ud800 cat")[0][0], encoded("a ? cat")[0][0])
 
 
 @pytest.mark.parametrize("start, end, fine", [(0.0, 0.4, True), (0.9, 0.2, False), (0.5, 0.5, False), (0.9, 0.0, True)])

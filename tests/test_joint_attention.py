@@ -26,7 +26,8 @@ def check(kind, control, explicit, *, steps=2, batch=1, sizes=WORDS, moves=1e-3,
     conds = {"source": words.source, "target": words.target}
     expected = flow_editing.slow_edit(kind, path, conds, override)
     plain = flow_editing.edit(kind, path, words, [])
-    out = flow_editing.edit(kind, path, words, [control(words)], **kwargs)
+    controls = control(words)
+    out = flow_editing.edit(kind, path, words, controls if isinstance(controls, list) else [controls], **kwargs)
     assert (expected - plain).abs().max() > moves
     assert (out - expected).abs().max() < 1e-5
 
@@ -61,32 +62,38 @@ def test_rows_with_prompts_of_other_lengths(kind):
     check(kind, lambda words: PlugAndPlay(prompts=words, features=(0, 0), attention=EVERY), rows("qk"))
 
 
-def mixed(words, factors=None):
-    """Prompt-to-Prompt of the picture's queries by explicit maps."""
+def by_words(words, factors=None):
+    """`(maps, columns, call, source)`: maps of the picture's queries whose `columns`, the words, follow Prompt-to-Prompt."""
     m, own = words.alignment.matrix.double(), words.alignment.own.double()
 
-    def edit(call, source):
-        out = softmax(call.q, call.k) @ call.v
-        if call.site == "self":
-            return out
-        maps = softmax(call.rows(call.q), call.k)
-        twice = len(call.words) - len(own)  # HiDream: the second encoder's words once more, from their own copy
+    def change(maps, columns, call, source):
+        twice = len(columns) - len(own)  # HiDream: the second encoder's words once more, from their own copy
         column = torch.cat([torch.arange(len(own)), torch.arange(len(own) - twice, len(own))])
         at_source = torch.cat([torch.arange(len(m)), torch.arange(len(m) - (len(source.words) - len(m)), len(m))])
         copy_t, copy_s = torch.arange(len(column)) >= len(own), torch.arange(len(at_source)) >= len(m)
         matrix = m[at_source][:, column] * (copy_s[:, None] == copy_t)
         theirs = softmax(source.rows(source.q), source.k[:, :, source.words])
         f = torch.ones(len(column)).double() if factors is None else factors.double()[column]
-        share = maps[..., call.words].sum(-1, keepdim=True)
+        maps, share = maps.clone(), maps[..., columns].sum(-1, keepdim=True)
         if call.site == "cross":
-            new = (theirs @ matrix + maps[..., call.words] * own[column]) * f  # an attention of its own, as in a U-Net
+            new = (theirs @ matrix + maps[..., columns] * own[column]) * f  # an attention of its own, as in a U-Net
         else:
-            new = theirs @ matrix + maps[..., call.words] / share * own[column]
+            new = theirs @ matrix + maps[..., columns] / share * own[column]
             new = new / new.sum(-1, keepdim=True) * share * f
-        maps[..., call.words] = new
-        if call.site == "joint":
-            maps = maps / maps.sum(-1, keepdim=True)
-        out[:, :, call.image] = maps @ call.v
+        maps[..., columns] = new
+        return maps / maps.sum(-1, keepdim=True) if call.site == "joint" else maps
+
+    return change
+
+
+def mixed(words, factors=None):
+    """Prompt-to-Prompt of the picture's queries by explicit maps."""
+    change = by_words(words, factors)
+
+    def edit(call, source):
+        out = softmax(call.q, call.k) @ call.v
+        if call.site != "self":
+            out[:, :, call.image] = change(softmax(call.rows(call.q), call.k), call.words, call, source) @ call.v
         return out
 
     return edit
@@ -157,6 +164,65 @@ def test_masactrl_looks_up_the_source_within_masks(kind, own_keys):
 
     check(kind, lambda words: MasaCtrl(prompts=words, window=EVERY, blocks="all", own_keys=own_keys, source_mask=given[0],
                                        target_mask=given[1]), edit, sizes=(12, 12))
+
+
+def beside(call):
+    """Which tokens are not the picture's, and where the words are among them."""
+    others = torch.ones(call.k.shape[2], dtype=torch.bool)
+    others[call.image] = False
+    return others, (others.cumsum(0) - 1)[call.words]
+
+
+JOINED = [kind for kind in WITH_WORDS if kind != "wan"]
+
+
+@pytest.mark.parametrize("kind", JOINED)
+def test_words_and_copied_rows_chained(kind, monkeypatch):
+    """Prompt-to-Prompt beside a structure's rows: its own shares are those of the copied queries and keys."""
+    words = flow_editing.prompts(kind, 12, 12)
+    monkeypatch.setattr(flow_editing, "prompts", lambda *args: words)
+    change = by_words(words)
+
+    def edit(call, source):
+        q, k = call.q.clone(), call.k.clone()
+        q[:, :, call.image], k[:, :, call.image] = source.rows(source.q), source.rows(source.k)
+        out = softmax(q, k) @ call.v
+        out[:, :, call.image] = change(softmax(call.rows(q), k), call.words, call, source) @ call.v
+        return out
+
+    check(kind, lambda words: [PromptToPrompt(prompts=words, cross=EVERY, self_=(0, 0)),
+                               PlugAndPlay(prompts=words, features=(0, 0), attention=EVERY)], edit, sizes=(12, 12))
+
+
+@pytest.mark.parametrize(("own_keys", "masks"), [(False, True), (True, True), (True, False)])
+@pytest.mark.parametrize("kind", JOINED)
+def test_words_and_looked_up_keys_chained(kind, own_keys, masks, monkeypatch):
+    """Prompt-to-Prompt beside MasaCtrl: within each region the words' share is of the row over the keys of that region."""
+    words = flow_editing.prompts(kind, 12, 12)
+    monkeypatch.setattr(flow_editing, "prompts", lambda *args: words)
+    given, tokens = regions(kind)
+    change, everywhere = by_words(words, None), torch.ones_like(tokens[0])
+    source_mask, target_mask = tokens if masks else (everywhere, everywhere)
+
+    def edit(call, source):
+        out = softmax(call.q, call.k) @ call.v
+        others, columns = beside(call)
+        for inside in (True, False):
+            parts = [(call.k[:, :, others], call.v[:, :, others])]
+            parts.append([t[:, :, source.image][:, :, source_mask == inside] for t in (source.k, source.v)])
+            if own_keys:
+                parts.append([t[:, :, call.image][:, :, target_mask == inside] for t in (call.k, call.v)])
+            k, v = (torch.cat(tensors, 2) for tensors in zip(*parts))
+            seen = change(softmax(call.rows(call.q), k), columns, call, source) @ v
+            here = torch.zeros(call.q.shape[2], dtype=torch.bool)
+            here[call.image] = target_mask == inside
+            out[:, :, here] = seen[:, :, target_mask == inside]
+        return out
+
+    kept = dict(zip(("source_mask", "target_mask"), given)) if masks else {}
+    check(kind, lambda words: [PromptToPrompt(prompts=words, cross=EVERY, self_=(0, 0)),
+                               MasaCtrl(prompts=words, window=EVERY, blocks="all", own_keys=own_keys, **kept)],
+          edit, sizes=(12, 12))
 
 
 @pytest.mark.parametrize("names", ["qk", "kv", "v"])

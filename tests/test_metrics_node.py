@@ -77,6 +77,9 @@ def test_a_source_that_vae_encode_crops_is_cropped_alike(height, width, scale):
     edited = torch.where(comfy.sd.VAE.vae_encode_crop_pixels(vae, mask[..., None].expand(-1, -1, -1, 3)) > 0, 1.0, cropped)
     values, _ = execute(source, edited, mask)
     assert values["mse"] == 0
+    height, width = cropped.shape[1:3]
+    assert f"was cropped to {width} x {height} in the middle" in values["table"].splitlines()[0]
+    assert "cropped" not in execute(cropped, edited)[0]["table"]
     assert execute(source, edited + 0.1, mask)[0]["mse"] == pytest.approx(0.01, rel=1e-3)
 
 

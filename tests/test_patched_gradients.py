@@ -179,3 +179,16 @@ def test_maps_of_another_grid_are_taken_at_the_step_s_own_level():
         step = (y - latents[i + 1]).square().mean() / (1 + sigmas[i + 1] ** 2)
         assert float(loss) == pytest.approx(float(step + apart.square().mean()), rel=1e-4)
         scale = float(learned[:, 0].mean()) + 0.25
+
+
+@pytest.mark.parametrize("node", NODES.values())
+def test_an_inversion_says_that_another_packs_attention_does_not_act_while_it_learns(node):
+    own = model("sd1").clone()
+    own.model_options.setdefault("transformer_options", {})["optimized_attention_override"] = \
+        lambda function, *args, **kwargs: function(*args, **kwargs)
+
+    def said(on):
+        return str(runs.invert(node, "sd1", tiny.latent("sd1", 1, 16, 16), on=on, cfg=7.5, steps=2).ui)
+
+    assert "Another pack's attention on the model did not act" in said(own)
+    assert "did not act" not in said(model("sd1"))
