@@ -179,17 +179,46 @@ def test_interrupted_it_leaves_the_model_as_it_was(server, latent):
     assert torch.equal(latent(again), before)
 
 
+WORDS = node("LEDITS_EditPrompts", clip=["model", 1], source="a red star on a grey ground",
+             target="a green star on a grey ground", mapping="auto")
+
+
 @pytest.mark.parametrize("control", [
+    node("LEDITS_P2Plus", prompts=["words", 2], cross_replace_steps=0.8, self_replace_steps=0.4, uncond_self_replace_steps=0.3),
+    node("LEDITS_PlugAndPlay", source=["source", 0], pnp_f_t=0.0, pnp_attn_t=0.5),
     node("LEDITS_PromptToPrompt", prompts=["words", 2], cross_replace_steps=0.8, self_replace_steps=0.4, local_blend="auto"),
     node("LEDITS_MasaCtrl", source=["source", 0], start_step=0.2),
     node("LEDITS_CopyAttention", source=["source", 0], rows="structure (q, k)", end_step=0.5, region="outside the mask"),
 ], ids=lambda control: control["class_type"])
 def test_attention_control_acts_and_leaves_the_model_as_it_was(server, latent, control):
-    words = node("LEDITS_EditPrompts", clip=["model", 1], source="a red star on a grey ground",
-                 target="a green star on a grey ground", mapping="auto")
-    before, controlled = latent(graph()), graph(edit={"attention": ["control", 0]}, words=words, control=control)
+    before, controlled = latent(graph()), graph(edit={"attention": ["control", 0]}, words=WORDS, control=control)
     assert float((latent(controlled) - before).abs().max()) > 0.01
     assert torch.equal(latent(graph(other=node("SaveLatent", samples=["edit", 0], filename_prefix="again"))), before)
+
+
+def test_a_kept_store_serves_the_next_edit_and_the_next_server(server, latent):
+    control = node("LEDITS_MasaCtrl", source=["source", 0], start_step=0.2)
+    live = latent(graph(edit={"attention": ["control", 0]}, control=control))
+    captured = {"store": node("LEDITS_CaptureAttention", model=["model", 0], negative=["empty", 0], inversion=["inversion", 0],
+                              attention=["control", 0], skip=2, precision="float32"),
+                "kept": node("LEDITS_SaveAttentionStore", store=["store", 0], filename_prefix="flow/seen", dtype="as captured")}
+    edit = {"attention": ["control", 0], "store": ["store", 0]}
+    from_store = graph(edit=edit, control=control, **captured)
+    assert float((latent(from_store) - live).abs().max()) < 1e-5
+    loaded = node("LEDITS_LoadAttentionStore", file="flow/seen_00001_.ledits-store.safetensors [output]")
+    entry = server.run(graph(edit=edit, control=control, store=loaded))
+    assert float((server.latent(entry, "saved") - live).abs().max()) < 1e-5
+    assert entry["outputs"]["edit"]["ledits"][0]["unet_rows"] == 2 * (STEPS - 2)  # no source beside the edit
+
+
+def test_what_the_words_look_at_is_drawn(server):
+    control = node("LEDITS_RecordAttention", prompts=["words", 2])
+    drawn = node("LEDITS_PreviewAttention", latent=["edit", 0], words="star", view="average", image=["picture", 0])
+    entry = server.run(graph(edit={"attention": ["control", 0]}, words=WORDS, control=control, drawn=drawn))
+    assert entry["status"]["completed"] and entry["outputs"]["drawn"]["images"]
+    missing = dict(drawn, inputs=drawn["inputs"] | {"words": "heart"})
+    prompt = graph(edit={"attention": ["control", 0]}, words=WORDS, control=control, drawn=missing)
+    assert "heart" in server.messages(server.queue(prompt))["execution_error"]["exception_message"]
 
 
 def test_what_learns_is_refused_in_words(server):

@@ -18,6 +18,8 @@ import tokenizers
 import torch
 import transformers
 
+ALL = ["flux", "sd3", "chroma", "aura", "wan", "qwen", "omnigen2", "zimage", "klein", "flux2", "krea2", "lumina2", "hidream",
+       "hunyuan"]
 WIDE = 4096  # SD3 pads CLIP's rows to T5's width, which is fixed
 LLAMA = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=4, num_attention_heads=1, num_key_value_heads=1)
 T5 = dict(d_model=16, d_ff=16, d_kv=8, num_heads=2, num_layers=1)
@@ -154,3 +156,8 @@ def random_prompt(number, weights=True):
             word = draw.choice(["({}:1.3)", "({})", "(({}:0.7) more:1.1)", "\\({}\\)"]).format(word)
         words += [word, draw.choice([" ", " ", " ", " ", "  ", "\n", ""])]
     return "".join(words)
+
+
+def encoded(clip, text):
+    """The CONDITIONING of a text."""
+    return clip.encode_from_tokens_scheduled(clip.tokenize(text))
