@@ -66,7 +66,7 @@ class _PromptToPrompt:
             chain_input(),
             io.Combo.Input("local_blend", options=BLENDS, default=BLENDS[0], optional=True,
                            tooltip="blend_words: the words written there say where the picture may change, none for no "
-                           "blend. auto: the words that source and target do not share."),
+                           "blend. auto: where none are written, the words that source and target do not share."),
         ]
 
     @classmethod
@@ -75,10 +75,8 @@ class _PromptToPrompt:
                 cross_replace_start=0.0, self_replace_start=0.0, self_blocks="p2p", cross_blocks="all",
                 blend_blocks="words", attention=None, local_blend=BLENDS[0]):
         known(cls, local_blend=local_blend)
-        blend, auto = None, local_blend == BLENDS[1]
-        if auto and widget_text.phrases(blend_words):
-            raise ValueError("local_blend is 'auto', and blend_words are written too: choose 'blend_words' or empty them.")
-        if auto or widget_text.phrases(blend_words):
+        blend = None
+        if local_blend == BLENDS[1] or widget_text.phrases(blend_words):
             blend = LocalBlend(
                 words=widget_text.phrases(blend_words),
                 substruct_words=widget_text.phrases(substruct_words),
@@ -113,7 +111,7 @@ class PromptToPromptNode(_PromptToPrompt, io.ComfyNode):
             category=CATEGORY,
             description="Changes words of the prompt and keeps the picture's structure: word swap, refinement, "
             "reweighting, local blend (arXiv 2208.01626).",
-            search_aliases=["p2p", "word swap", "attention replace", "attention refine", "attention reweight"],
+            search_aliases=["p2p", "word swap", "replace word", "attention replace", "attention refine", "attention reweight"],
             inputs=cls.inputs(cross=0.8, self_=0.4),
             outputs=attention_output(),
         )

@@ -19,14 +19,16 @@ class EditPrompts(io.ComfyNode):
             category=CATEGORY,
             description="What the picture shows and what it shall show, encoded, and their words matched to each other "
             "for attention control.",
-            search_aliases=["prompt to prompt", "source prompt", "target prompt", "align prompts"],
+            search_aliases=["prompt to prompt", "source prompt", "target prompt", "align prompts", "replace word"],
             inputs=[
                 io.Clip.Input("clip", tooltip="The model's text encoder: CLIP of SD 1.x, SD 2.x or SDXL, or that of a flow "
                               "model."),
                 io.String.Input("source", multiline=True, default="", dynamic_prompts=True,
+                                placeholder="what the picture shows: a cat on a sofa",
                                 tooltip="What the picture shows, such as 'a cat on a sofa'. The prompt to invert with. "
                                 "Weights (word:1.2) and embeddings work as ever."),
                 io.String.Input("target", multiline=True, default="", dynamic_prompts=True,
+                                placeholder="what it is to show: a dog on a sofa",
                                 tooltip="What it shall show, in the same words as far as possible, such as 'a dog on a "
                                 "sofa'."),
                 io.Combo.Input("mapping", options=list(MAPPINGS), default="auto", optional=True, advanced=True,

@@ -34,7 +34,7 @@ class LeditsKSampler(io.ComfyNode):
             category=CATEGORY,
             description="Edits an inverted picture: target prompt, semantic concepts, or both, along the picture's own "
             "path and noise maps (LEDITS, arXiv 2307.00522).",
-            search_aliases=["ledits", "ledits++", "edit image", "real image editing"],
+            search_aliases=["ledits", "ledits++", "edit image", "real image editing", "inpaint"],
             inputs=[
                 *edit_inputs(),
                 *path_inputs(),

@@ -22,9 +22,10 @@ class SemanticConcept(io.ComfyNode):
             category=CATEGORY,
             description="A concept that an edit pushes towards or away from, without touching the prompt "
             "(arXiv 2301.12247). Chain as many as you like.",
-            search_aliases=["sega", "semantic guidance", "ledits concept", "edit prompt"],
+            search_aliases=["sega", "semantic guidance", "ledits concept", "edit prompt", "remove object", "add object"],
             inputs=[
                 io.String.Input("prompt", multiline=True, default="", dynamic_prompts=True,
+                                placeholder="what to add or to take away: glasses",
                                 tooltip="The concept in words, such as 'smiling' or 'a red car'. Needs CLIP."),
                 io.Combo.Input("direction", options=["towards", "away"],
                                tooltip="Towards adds the concept, away removes it."),

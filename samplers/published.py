@@ -45,3 +45,28 @@ def guidance_missing(model: ModelPatcher, conditioning: list) -> bool:
     """Whether a guidance-distilled MODEL is given a prompt that carries no guidance (FluxGuidance): ComfyUI takes its own."""
     distilled = model.model.model_config.unet_config.get("guidance_embed")
     return bool(distilled) and any("guidance" not in entry[1] for entry in conditioning)
+
+
+# LEDITS (arXiv 2307.00522) skips 36 % of the steps and guides with 7 to 15. On flow models, whose noise stays high for
+# longer, FlowEdit's proportion for Flux.1-dev, and the guidance that core's workflows have.
+_MIDDLE = {"flow": (1 - FLUX.run / FLUX.steps, 3.5)}
+_LEDITS = (0.36, 7.5)
+
+
+def strength(model: ModelPatcher, family: str, steps: int, value: float) -> tuple[int, float]:
+    """Steps to skip and cfg for one strength of an edit, on the diagonal of figure 5 of LEDITS (arXiv 2307.00522).
+
+        skip = 2 (1 - value) middle,  cfg = middle * 2 ** (2 value - 1)
+
+    Args:
+        family: of the path, a key of `families.FAMILIES`.
+        steps: of the path.
+        value: 0 (close to the picture) to 1 (close to the prompt).
+
+    Returns:
+        (skip, cfg); cfg is 1 for guidance-distilled models.
+    """
+    share, cfg = _MIDDLE.get(family, _LEDITS)
+    skip = min(round(2 * (1 - value) * share * steps), steps - 1)
+    distilled = model.model.model_config.unet_config.get("guidance_embed")
+    return skip, 1.0 if distilled else round(cfg * 2 ** (2 * value - 1), 2)

@@ -169,7 +169,8 @@ def shortened(prompt):
     for node in prompt.values():
         values = {name: value for name, value in SHORT.items() if not isinstance(node["inputs"].get(name), (list, type(None)))}
         if node["class_type"] in ("LEDITS_KSampler", "LEDITS_Sampler", "LEDITS_CaptureAttention"):
-            values["skip"] = min(1, node["inputs"]["skip"])
+            given = node["inputs"]["skip"]  # or linked to what chooses it
+            values["skip"] = given if isinstance(given, list) else min(1, given)
         node["inputs"] |= values
     return prompt
 
