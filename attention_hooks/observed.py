@@ -19,8 +19,8 @@ class Observed:
         tokens: (source, target) `Tokens` of the maps, or None where none were recorded.
         maps: {step: (source, target)}, cross-attention of every word [B, words, h, w], mean over heads and layers, the
             target's after its edit.
-        masks: {name of the method: {step: (source, target)}}, boolean [B, h, w] each; source is None where a method has
-            one mask.
+        masks: {name of the method, or of a concept: {step: (source, target)}}, boolean [B, h, w] each; source is None
+            where there is one mask.
     """
 
     steps: int
@@ -65,6 +65,12 @@ class Observed:
             return None
         steps = self.maps if step is None else [step]
         return torch.stack([self.maps[s][k][:, its].sum(1) for s in steps]).mean(0)
+
+
+def pixels(path) -> tuple[int, int]:
+    """Height and width of the picture of an `Inversion`."""
+    scale = getattr(path.latent_format, "spacial_downscale_ratio", 8)
+    return tuple(side * scale for side in path.latents.shape[-2:])
 
 
 def _on_cpu(trace):

@@ -9,7 +9,7 @@ from comfy.samplers import CFGGuider
 from . import backbones
 from .conditioning import everywhere
 from .edits import COND, UNCOND, Control, Setting, SourcePath
-from .observed import Observed
+from .observed import Observed, pixels
 from .plan import Plan
 from .source_pass import SourcePass, check_caches
 from .store import AttentionStore
@@ -117,9 +117,8 @@ class AttentionRun:
         if words is None and not masks:
             return None
         tokens, maps = words or (None, {})
-        scale = getattr(self.path.latent_format, "spacial_downscale_ratio", 8)
-        size = tuple(side * scale for side in self.plan.setting.size)
-        return Observed(steps=self.plan.setting.steps, size=size, latent=y.cpu(), tokens=tokens, maps=maps, masks=masks)
+        return Observed(steps=self.plan.setting.steps, size=pixels(self.path), latent=y.cpu(), tokens=tokens, maps=maps,
+                        masks=masks)
 
 
 def _edited_branches(guider: CFGGuider, options: dict, size: tuple[int, int]):

@@ -60,7 +60,7 @@ class PreviewAttention(io.ComfyNode):
             display_name="Preview Attention",
             category=CATEGORY,
             description="Shows where the words of an edit look, in the source and in the target, and the masks of "
-            "local blend and of MasaCtrl. Put Record Attention among the edit's controls for the words.",
+            "local blend, of MasaCtrl and of concepts. Put Record Attention among the edit's controls for the words.",
             search_aliases=["show attention", "attention maps", "attention heatmap", "local blend mask",
                             "visualize attention"],
             is_output_node=True,
@@ -86,6 +86,7 @@ class PreviewAttention(io.ComfyNode):
                 io.Mask.Output(display_name="source_mask", tooltip="MasaCtrl's mask of the object in the source, of "
                                "the last step and the finest layer."),
                 io.Mask.Output(display_name="target_mask", tooltip="The same in the target."),
+                io.Mask.Output(display_name="concept_mask", tooltip="Where the concepts pushed, at the last step of each."),
             ],
         )
 
@@ -113,7 +114,7 @@ def _observed(latent, sampler) -> Observed:
     if observed is None:
         raise ValueError(
             "There is no attention to see. Connect the latent of a LEDITS KSampler (for SamplerCustomAdvanced also the "
-            "SAMPLER) whose controls hold Record Attention, local blend, or MasaCtrl with masks."
+            "SAMPLER) that has concepts, or whose controls hold Record Attention, local blend, or MasaCtrl with masks."
         )
     if sampler is not None:
         made, given = sampler.inversion.latent_format.process_out(observed.latent), latent["samples"].cpu()
@@ -171,6 +172,7 @@ def _rows(observed: Observed, phrases, steps):
             if maps[0] is not None:
                 rows.append((phrase, side, [(k, m) for m in maps]))
     masks = [(BLEND, "mask", 1), *((MASACTRL, f"{side} mask", k) for k, side in enumerate(SIDES))]
+    masks += [(name, "pushes here", 1) for name in _concepts(observed)]
     masks = [(*mask, {step: pair[mask[2]] for step, pair in observed.masks.get(mask[0], {}).items()}) for mask in masks]
     for name, what, k, by_step in masks:
         if by_step and steps is None:
@@ -178,6 +180,11 @@ def _rows(observed: Observed, phrases, steps):
         elif by_step:
             rows.append((name, what, [(k, by_step.get(step, "no mask")) for step in steps]))
     return rows
+
+
+def _concepts(observed: Observed):
+    """The names of the concepts' masks."""
+    return [name for name in observed.masks if name not in (BLEND, MASACTRL)]
 
 
 def _card(observed: Observed, rows, b, view, images):
@@ -232,8 +239,9 @@ def _masks(observed: Observed):
         trace = observed.masks.get(name)
         return trace[max(trace)] if trace else (None, None)
 
-    masks = last(BLEND)[1], *last(MASACTRL)
-    names = "local blend", "MasaCtrl with masks", "MasaCtrl with masks"
+    pushed = [last(name)[1] for name in _concepts(observed)]
+    masks = last(BLEND)[1], *last(MASACTRL), torch.stack(pushed).any(0) if pushed else None
+    names = "local blend", "MasaCtrl with masks", "MasaCtrl with masks", "concepts"
     return [
         ExecutionBlocker(f"Preview Attention has no such mask: the edit ran without {name}.") if mask is None
         else F.interpolate(mask[:, None].float(), observed.size)[:, 0]

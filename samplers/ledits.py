@@ -1,5 +1,6 @@
 """The SAMPLER object of the LEDITS update, which edits a picture along its inverted path."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 
@@ -9,6 +10,7 @@ from einops import reduce, repeat
 from tqdm.auto import trange
 
 from ..attention_hooks.edits import Control
+from ..attention_hooks.observed import Observed, pixels
 from ..attention_hooks.run import AttentionRun
 from ..attention_hooks.store import AttentionStore
 from . import model_inputs, models
@@ -43,7 +45,8 @@ class LeditsSampler(PhasedSampler):
         free_steps: so many steps at the end follow the prompt alone, without the path's noise maps (FlowEdit's n_min).
 
     Attributes:
-        observed: maps and masks of the last run's attention controls, `attention_hooks.observed.Observed` or None.
+        observed: maps and masks of the last run's attention controls and concepts, `attention_hooks.observed.Observed` or
+            None.
     """
 
     phase = "editing"
@@ -89,7 +92,7 @@ class LeditsSampler(PhasedSampler):
             if mask is not None:
                 free = mask_at(min(i + 1 - start, steps - 1))
                 y = free * y + (1 - free) * path.latents[i + 1].to(run.device)
-        self.observed = None if attention is None else attention.observed(y)
+        self.observed = _observed(run, y, path, attention)
         y = y[: path.pictures]
         # the end of the path is the picture, whatever its level
         return y if start + steps == path.steps else models.leave(run.model, levels_there[start + steps], y)
@@ -244,3 +247,15 @@ class _History:
             out = second_order(denoised, self.denoised, self.sigma, sigma, sigma_next, family=self.family)
         self.denoised, self.sigma = denoised, sigma
         return out
+
+
+def _observed(run: Run, y: torch.Tensor, path: Inversion, attention: AttentionRun | None) -> Observed | None:
+    """What there is to be looked at of a run that ended at y."""
+    seen = None if attention is None else attention.observed(y)
+    areas = getattr(run.guider, "areas", {})
+    if not areas:
+        return seen
+    if seen is None:
+        seen = Observed(steps=run.steps, size=pixels(path), latent=y.cpu())
+    concepts = {name: {step: (None, area) for step, area in trace.items()} for name, trace in areas.items()}
+    return dataclasses.replace(seen, masks=seen.masks | concepts)

@@ -153,7 +153,8 @@ def test_the_blend_mask_is_where_the_picture_changed():
     changed = (latent["samples"] - path.latent_format.process_out(path.latents[-1])).abs().amax(1) > 1e-4
     assert 0.02 < changed.float().mean() < 0.98
     assert torch.equal(mask, changed.float().repeat_interleave(8, 1).repeat_interleave(8, 2))
-    assert all(isinstance(m, ExecutionBlocker) and "without MasaCtrl" in m.message for m in none)
+    names = ("MasaCtrl", "MasaCtrl", "concepts")
+    assert all(isinstance(m, ExecutionBlocker) and f"without {name}" in m.message for m, name in zip(none, names, strict=True))
     seen = latent[sockets.OBSERVED]
     assert sorted(seen.masks["local blend"]) == [1, 2, 3, 4, 5]  # start_blend 0.2 of 6 steps
     assert picture.shape[0] == 2 and picture.shape[3] == 3

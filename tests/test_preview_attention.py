@@ -9,10 +9,13 @@ from comfy_extras.nodes_custom_sampler import DisableNoise, SamplerCustomAdvance
 from comfyui_ledits.attention_hooks.observed import Observed
 from comfyui_ledits.attention_hooks.text.tokens import Tokens, Word
 from comfyui_ledits.nodes import sampling, sockets
+from comfyui_ledits.nodes.edit_friendly_inversion import EditFriendlyInversion
 from comfyui_ledits.nodes.preview import PreviewAttention, RecordAttention
+from comfyui_ledits.nodes.semantic_concept import SemanticConcept
+from comfyui_ledits.samplers.methods.sega import NOISE, SEGA
 from comfyui_ledits.tools.api.client import ComfyClient
 from PIL import Image
-from support import editing, tiny
+from support import editing, runs, tiny
 from support.graphs import node
 
 SOURCE, TARGET = "a cat sits on a sofa", "a dog sits on a sofa"
@@ -139,6 +142,34 @@ def test_with_sampler_custom_advanced():
             PreviewAttention.execute(latent=results[0], words="sofa", view="average", sampler=other)
 
 
+@pytest.mark.parametrize("masking", [NOISE, SEGA])
+def test_where_concepts_pushed_is_seen(masking):
+    """At one step at cfg 1 the latent differs from the unedited one where a concept pushes, and nowhere else."""
+    path, words = runs.invert(EditFriendlyInversion, "sd1", steps=4)[0], [runs.prompts("sd1", seed)[0] for seed in (5, 6)]
+    concept = {"prompt": "", "direction": "towards", "scale": 5.0, "threshold": 0.8, "warmup": 0, "cooldown": 0,
+               "momentum_scale": 0.0, "momentum_beta": 0.0, "weight": 1.0, "masking": masking}
+    first, = SemanticConcept.execute(conditioning=words[0], **concept)
+    both, = SemanticConcept.execute(conditioning=words[1], concepts=first, **concept)
+    plain = runs.edit("sd1", path, cfg=1.0, skip=3)
+    made, latents = {}, {}
+    for name, concepts in (("one", first), ("both", both)):
+        with torch.inference_mode():
+            latent = sampling.LeditsKSampler.execute(
+                model=runs.model("sd1"), positive=runs.prompts("sd1")[0], negative=runs.prompts("sd1")[1], inversion=path, cfg=1.0,
+                skip=3, concepts=concepts)[0]
+        latents[name], made[name] = latent, PreviewAttention.execute(latent=latent, words="", view="average")
+    observed = latents["one"][sockets.OBSERVED]
+    ((step, (source, area)),) = observed.masks["concept 1"].items()
+    assert step == 0 and source is None and 0 < area.float().mean() < 1
+    moved = (latents["one"]["samples"] - plain).abs().amax(1) > 1e-6
+    assert torch.equal(moved, area)
+    assert set(latents["both"][sockets.OBSERVED].masks) == {"concept 1", "concept 2"}
+    shown = made["both"][4]
+    assert shown.shape == (len(area), 8 * area.shape[1], 8 * area.shape[2]) and shown.mean() > made["one"][4].mean()
+    assert sockets.OBSERVED not in sampling.LeditsKSampler.execute(
+        model=runs.model("sd1"), positive=runs.prompts("sd1")[0], negative=runs.prompts("sd1")[1], inversion=path, cfg=1.0, skip=3)[0]
+
+
 def test_in_a_server(server_url):
     """The right run is shown: again after a change of the edit, and not when only the words change."""
     client = ComfyClient(server_url)
@@ -183,4 +214,4 @@ def test_in_a_server(server_url):
     _, outputs = run(7.5, "star", **more)
     assert "shown" not in outputs  # there is no such mask; the rest of the workflow goes on
     information = json.loads(client.ask("/object_info/LEDITS_PreviewAttention"))["LEDITS_PreviewAttention"]
-    assert information["output_node"] and len(information["output_tooltips"]) == 4
+    assert information["output_node"] and len(information["output_tooltips"]) == 5

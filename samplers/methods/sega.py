@@ -118,10 +118,14 @@ def _spread(mask, like, mode):
 
 
 class Sega:
-    """The concepts of one run, with their momentum. Make a new one for every run."""
+    """The concepts of one run, with their momentum. Make a new one for every run.
+
+    Attributes:
+        areas: {"concept 1": {step: boolean [B, h, w]}, ...}, where each pushes (SEGA: in any channel; of video in any frame).
+    """
 
     def __init__(self, concepts):
-        self.concepts = tuple(concepts)
+        self.concepts, self.areas = tuple(concepts), {}
         self._momentum = [0.0] * len(self.concepts)
         self._step = None
         self._before = list(self._momentum)
@@ -148,6 +152,8 @@ class Sega:
             self._step, self._before = step, list(self._momentum)
         maps = attention or {}
         pushes = {i: guidance(eps_concepts[i], eps_uncond, self.concepts[i], maps.get(i)) for i in self.needed(step)}
+        for i, push in pushes.items():
+            self.areas.setdefault(f"concept {i + 1}", {})[step] = (push != 0).flatten(1, -3).any(1)
         total = None
         for i, concept in enumerate(self.concepts):
             push = concept.weight * pushes[i] if i in pushes else 0.0
