@@ -20,6 +20,9 @@ FILES = {"CheckpointLoaderSimple", "UNETLoader", "CLIPLoader", "DualCLIPLoader",
          "LEDITS_LoadAttentionStore"}  # they name files of the user's
 MODELS = r"demo model|SD 1\.5|SDXL|Flux\.1-dev|SD3\.5|Qwen-Image|Z-Image|Wan"
 NOTE, TITLE = "MarkdownNote", 30  # height of a title bar
+# The frontend opens a template at the zoom 0.75 * window / (nodes + 20 units) and draws no words below 8 / 14: what a window
+# of 1366 x 768 may show. Folded nodes count unfolded, as the frontend's "nodes 2.0" count them.
+WIDEST, HIGHEST = (0.75 * side / (8 / 14) - 20 for side in (1366, 768))
 # what makes runs short: inputs of any node that has them
 SHORT = {"steps": 4, "skip": 1, "inner_steps": 1, "first_steps": 1}
 
@@ -147,12 +150,27 @@ def test_the_values_are_allowed(path, object_info):
                 assert kind not in ("INT", "FLOAT") or options.get("min", value) <= value <= options.get("max", value), name
 
 
+def frame(node, height):
+    """Left, top, right and bottom of a node with its title bar."""
+    (x, y), width = node["pos"], node["size"][0]
+    return x, y - TITLE, x + width, y + height
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=named)
+def test_the_words_of_a_template_can_be_read_on_a_laptop(path):
+    file = workflow.read(path)
+    lefts, tops, rights, bottoms = zip(*(frame(node, node["size"][1]) for node in file["nodes"]), strict=True)
+    assert max(rights) - min(lefts) <= WIDEST and max(bottoms) - min(tops) <= HIGHEST
+    for x, y, width, height in (group["bounding"] for group in file["groups"]):  # they add no more than their frame
+        assert min(lefts) - 20 <= x and x + width <= max(rights) + 20 and width <= 1790
+        assert min(tops) - 20 <= y and y + height <= max(bottoms) + 80  # words that nodes gain when they have run
+
+
 @pytest.mark.parametrize("path", WORKFLOWS, ids=named)
 def test_the_layout_is_tidy(path):
     """Sizes are those of the editor's canvas when the file was saved."""
     file = workflow.read(path)
-    boxes = {n["id"]: (n["pos"][0], n["pos"][1] - TITLE, n["pos"][0] + n["size"][0], n["pos"][1] + n["size"][1])
-             for n in file["nodes"]}
+    boxes = {n["id"]: frame(n, 0 if n["flags"].get("collapsed") else n["size"][1]) for n in file["nodes"]}
     for a, b in itertools.combinations(boxes.values(), 2):
         assert not (a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3])
     groups = [(x, y, x + w, y + h) for x, y, w, h in (group["bounding"] for group in file["groups"])]

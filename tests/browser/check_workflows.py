@@ -29,9 +29,10 @@ CHECKPOINTS = {"CheckpointLoaderSimple", "UNETLoader", "CLIPLoader", "DualCLIPLo
                "ControlNetLoader", "LoadVideo"}  # their files are the user's
 SHORT = {"steps": 4, "inner_steps": 1, "first_steps": 1, "skip": 0}  # for the test of running
 
-# Nodes with their title bar, as the frontend drew them: [title, type, x, y, right, bottom]
-BOXES = """app.graph.nodes.map(n => [n.title, n.type, n.pos[0], n.pos[1] - LiteGraph.NODE_TITLE_HEIGHT,
-                                     n.pos[0] + n.size[0], n.pos[1] + n.size[1]])"""
+WINDOWS = ((1366, 768), (1440, 900), (1600, 900), (1920, 1080))
+# Nodes with their title bar, folded ones with that alone, as the frontend drew them: [title, type, x, y, right, bottom]
+BOXES = """app.graph.nodes.map(n => [n.title, n.type, n.boundingRect[0], n.boundingRect[1],
+                                     n.boundingRect[0] + n.boundingRect[2], n.boundingRect[1] + n.boundingRect[3]])"""
 CUT_OFF = """app.graph.nodes.filter(n => n.type === 'MarkdownNote').filter(n => {
     const text = n.widgets[0].element.querySelector('.tiptap'); return text.scrollHeight > text.clientHeight + 1;
 }).map(n => n.title)"""
@@ -79,8 +80,7 @@ def page(request, browsers, url):
     if browsers.page is None or browsers.page.look != look:
         browsers.close()
         settings = {"Comfy.VueNodes.Enabled": look == "nodes 2.0",
-                    "Comfy.TutorialCompleted": True,  # a first visit opens the template browser
-                    "LiteGraph.Canvas.MinFontSizeForLOD": 0}  # else a large workflow is drawn without its words
+                    "Comfy.TutorialCompleted": True}  # a first visit opens the template browser
         post(url + "/settings", json.dumps(settings).encode())
         # a browser of its own, as the frontend opens the tabs of the last visit
         browsers.page = browsers.enter_context(chromium.Page())
@@ -129,14 +129,26 @@ def test_nothing_is_lost_in_loading(page, workflow):
 
 def test_the_layout_can_be_read(page, workflow):
     boxes = page.run(BOXES)
-    overlaps = [(a[0], b[0]) for a, b in itertools.combinations(boxes, 2)
-                if a[2] < b[4] and b[2] < a[4] and a[3] < b[5] and b[3] < a[5]]
-    assert overlaps == []
+    assert overlaps(boxes) == []
     assert page.look != "canvas" or page.run(CUT_OFF) == []
     groups = [(x, y, x + w, y + h) for x, y, w, h in (group["bounding"] for group in workflow["groups"])]
     lost = [title for title, kind, x, y, right, bottom in boxes if kind != "MarkdownNote"
             and not any(g[0] <= x and g[1] <= y and right <= g[2] and bottom <= g[3] for g in groups)]
     assert lost == []
+
+
+def test_the_words_are_drawn_in_windows_of_many_sizes(page):
+    """Below a zoom of its own choice the frontend draws none."""
+    try:
+        for size in WINDOWS:
+            page.resize(size)
+            page.wait(f"app.canvas.canvas.width === {size[0]}", 20)
+            load(page, 300)
+            assert page.run("app.canvas.draw(true, true), [app.canvas.low_quality, app.canvas.ds.scale >= 8 / 14]") == [False, True]
+            if size == WINDOWS[0]:
+                page.screenshot(SHOTS / f"{page.file.stem}, {page.look}, laptop.png")
+    finally:
+        page.resize(page.size)
 
 
 def test_it_runs_and_the_pictures_arrive(page, workflow, url):
@@ -155,6 +167,7 @@ def test_it_runs_and_the_pictures_arrive(page, workflow, url):
         }})()""", 20)
     page.run("new Promise(drawn => setTimeout(drawn, 1000))")
     page.screenshot(SHOTS / f"{page.file.stem}, {page.look}, done.png")
+    assert overlaps(page.run(BOXES)) == []  # nodes have grown by their words and pictures
 
 
 @pytest.mark.parametrize("page", [(look, WORKFLOWS[0]) for look in LOOKS], ids=LOOKS, indirect=True)
@@ -229,16 +242,23 @@ def test_words_stay_on_the_nodes_after_the_job_and_after_a_reload(page, workflow
     assert page.errors == []
 
 
+def overlaps(boxes):
+    """The titles of nodes that cover each other."""
+    return [(a[0], b[0]) for a, b in itertools.combinations(boxes, 2)
+            if a[2] < b[4] and b[2] < a[4] and a[3] < b[5] and b[3] < a[5]]
+
+
 def forget(url):
     """Clear the history, and with it the words of earlier jobs."""
     post(url + "/history", b'{"clear": true}')
 
 
-def load(page):
-    """Load the page's workflow as the template browser does it."""
+def load(page, wait=1500):
+    """Load the page's workflow as the template browser does it, and give it `wait` milliseconds to be drawn."""
     page.run(f"""fetch('/api/workflow_templates/{dev.PACK}/' + encodeURIComponent({json.dumps(page.file.name)}))
-                 .then(answer => answer.json()).then(graph => app.loadGraphData(graph, true, true, null))
-                 .then(() => new Promise(drawn => setTimeout(drawn, 1500)))""")
+                 .then(answer => answer.json())
+                 .then(graph => app.loadGraphData(graph, true, true, null, {{openSource: 'template'}}))
+                 .then(() => new Promise(drawn => setTimeout(drawn, {wait})))""")
 
 
 def shorten(page):

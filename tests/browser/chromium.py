@@ -63,8 +63,11 @@ class Page:
             page = next(target for target in await answer.json() if target["type"] == "page")
         self._socket = await self._session.ws_connect(page["webSocketDebuggerUrl"], max_msg_size=0)
         await self._send("Runtime.enable")
-        width, height = self.size
-        await self._send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        await self._resize(self.size)
+
+    async def _resize(self, size):
+        await self._send("Emulation.setDeviceMetricsOverride", width=size[0], height=size[1], deviceScaleFactor=1,
+                         mobile=False)
 
     async def _send(self, method, **parameters):
         self._count += 1
@@ -82,6 +85,10 @@ class Page:
     def send(self, method, **parameters):
         """A command of the DevTools Protocol; its result."""
         return self._loop.run_until_complete(self._send(method, **parameters))
+
+    def resize(self, size):
+        """Give the window another size, in pixels."""
+        self._loop.run_until_complete(self._resize(size))
 
     def run(self, script):
         """Evaluate JavaScript in the page and wait for it; its value.
