@@ -4,6 +4,7 @@ Prompts name neither place nor ground. Values are read from the blueprints, so t
 hold was chosen on 24 other pictures (seeds from 970,000 on). Run with -s to read the tables; LEDITS_DEMO_PICTURES makes
 them smaller.
 """
+import functools
 import json
 
 import numpy as np
@@ -74,25 +75,23 @@ class SwapAWord(Blueprint):
         return self.run(tasks, self.control, cfg=edit["cfg"], skip=edit["skip"])
 
 
-@pytest.fixture(scope="module")
-def found():
-    """{blueprint: {swap: share made and dB outside}}."""
-    out = {}
+BLUEPRINTS = {"Edit a Picture": EditAPicture, "Swap a Word": SwapAWord}
+
+
+@functools.cache
+def editor(name):
     with torch.inference_mode():
-        for editor in (EditAPicture(), SwapAWord()):
-            for what, change in SWAPS.items():
-                asked = tasks(change, in_few_words)
-                edited = editor.edit(asked)
-                out[type(editor).__name__, what] = {
-                    "share": float(np.mean([right(t, e, what) for t, e in zip(asked, edited)])),
-                    "dB": float(np.mean([kept(t, e) for t, e in zip(asked, edited)])),
-                }
-    table("short prompts, the blueprints' values", {f"{name}, {what}": values for (name, what), values in out.items()})
-    return out
+        return BLUEPRINTS[name]()
 
 
 @pytest.mark.parametrize(("name", "what", "share", "db"), [
-    ("EditAPicture", "colour", 0.90, 26), ("EditAPicture", "kind", 0.85, 24),
-    ("SwapAWord", "colour", 0.90, 24), ("SwapAWord", "kind", 0.85, 21)])  # 83 % at 17 dB before masks came by themselves
-def test_the_edit_is_made_and_the_rest_is_kept(found, name, what, share, db):
-    assert found[name, what]["share"] >= share and found[name, what]["dB"] >= db
+    ("Edit a Picture", "colour", 0.90, 26), ("Edit a Picture", "kind", 0.85, 24),
+    ("Swap a Word", "colour", 0.90, 24), ("Swap a Word", "kind", 0.85, 22)])
+def test_the_edit_is_made_and_the_rest_is_kept(name, what, share, db):
+    asked = tasks(SWAPS[what], in_few_words)
+    with torch.inference_mode():
+        edited = editor(name).edit(asked)
+    made = float(np.mean([right(t, e, what) for t, e in zip(asked, edited)]))
+    outside = float(np.mean([kept(t, e) for t, e in zip(asked, edited)]))
+    table(f"{len(asked)} short prompts, as {name} is", {what: {"share": made, "dB": outside}})
+    assert made >= share and outside >= db
