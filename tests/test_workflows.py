@@ -166,6 +166,17 @@ def test_the_words_of_a_template_can_be_read_on_a_laptop(path):
         assert min(tops) - 20 <= y and y + height <= max(bottoms) + 80  # words that nodes gain when they have run
 
 
+@pytest.mark.parametrize("path", [*WORKFLOWS, *BLUEPRINTS], ids=named)
+def test_files_hold_every_widget_of_our_nodes(path, object_info):
+    """The frontend writes them all: a file that has fewer was saved before the node gained one."""
+    for nodes, _ in graphs(workflow.read(path)):
+        for node in (n for n in nodes if n["type"].startswith("LEDITS_")):
+            widgets = {name for group in object_info[node["type"]]["input"].values() if isinstance(group, dict)
+                       for name, (kind, *_) in group.items()
+                       if isinstance(kind, list) or kind in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")}
+            assert widgets <= {slot["name"] for slot in node["inputs"] if "widget" in slot}, node["type"]
+
+
 @pytest.mark.parametrize("path", WORKFLOWS, ids=named)
 def test_the_layout_is_tidy(path):
     """Sizes are those of the editor's canvas when the file was saved."""
