@@ -142,6 +142,7 @@ def test_with_sampler_custom_advanced():
             PreviewAttention.execute(latent=results[0], words="sofa", view="average", sampler=other)
 
 
+@pytest.mark.usefixtures("inference_mode")
 @pytest.mark.parametrize("masking", [NOISE, SEGA])
 def test_where_concepts_pushed_is_seen(masking):
     """At one step at cfg 1 the latent differs from the unedited one where a concept pushes, and nowhere else."""
@@ -153,10 +154,9 @@ def test_where_concepts_pushed_is_seen(masking):
     plain = runs.edit("sd1", path, cfg=1.0, skip=3)
     made, latents = {}, {}
     for name, concepts in (("one", first), ("both", both)):
-        with torch.inference_mode():
-            latent = sampling.LeditsKSampler.execute(
-                model=runs.model("sd1"), positive=runs.prompts("sd1")[0], negative=runs.prompts("sd1")[1], inversion=path, cfg=1.0,
-                skip=3, concepts=concepts)[0]
+        latent = sampling.LeditsKSampler.execute(
+            model=runs.model("sd1"), positive=runs.prompts("sd1")[0], negative=runs.prompts("sd1")[1], inversion=path, cfg=1.0,
+            skip=3, concepts=concepts)[0]
         latents[name], made[name] = latent, PreviewAttention.execute(latent=latent, words="", view="average")
     observed = latents["one"][sockets.OBSERVED]
     ((step, (source, area)),) = observed.masks["concept 1"].items()
