@@ -89,22 +89,23 @@ class LeditsGuider(comfy.samplers.CFGGuider):
         self.concepts = tuple(concepts)
         self.rows = 0
         self._sega = self._compared = self._maps = None
-        self.areas = {}
         conds = {"positive": positive, "negative": negative}
         self.inner_set_conds(conds | {f"concept_{i}": c.conditioning for i, c in enumerate(self.concepts)})
         self.set_cfg(cfg)
 
     def sample(self, *args, **kwargs):
-        """As `CFGGuider.sample`; `rows` then holds the number of U-Net rows (pictures x predictions) evaluated, `areas`
-        where each concept pushed (`Sega.areas`).
-        """
+        """As `CFGGuider.sample`; `rows` then holds the number of U-Net rows (pictures x predictions) evaluated."""
         steps = len(kwargs["sigmas"] if "sigmas" in kwargs else args[3]) - 1
         self._sega, self.rows = Sega(concept.started(steps) for concept in self.concepts), 0
-        self.areas = self._sega.areas
         try:
             return super().sample(*args, **kwargs)
         finally:
             self._sega = self._compared = self._maps = None
+
+    @property
+    def areas(self) -> dict:
+        """Where each concept has pushed in the present run (`Sega.areas`)."""
+        return self._sega.areas if self._sega is not None else {}
 
     def predict_noise(self, x, timestep, model_options={}, seed=None):
         options = model_options

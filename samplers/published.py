@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import comfy.model_base
+import comfy.supported_models
 from comfy.model_patcher import ModelPatcher
 
 
@@ -68,5 +69,6 @@ def strength(model: ModelPatcher, family: str, steps: int, value: float) -> tupl
     """
     share, cfg = _MIDDLE.get(family, _LEDITS)
     skip = min(round(2 * (1 - value) * share * steps), steps - 1)
-    distilled = model.model.model_config.unet_config.get("guidance_embed")
+    config = model.model.model_config
+    distilled = config.unet_config.get("guidance_embed") or isinstance(config, comfy.supported_models.FluxSchnell)
     return skip, 1.0 if distilled else round(cfg * 2 ** (2 * value - 1), 2)

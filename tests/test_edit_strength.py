@@ -19,7 +19,7 @@ def path():
         return dataclasses.replace(made, sigmas=sigmas, latents=made.latents[:1].expand(steps + 1, *made.latents.shape[1:]),
                                    residuals=None, etas=torch.zeros(steps))
     with torch.inference_mode():
-        return {kind: (runs.model(kind), longer(kind)) for kind in ("sd1", "sdxl", "sd3", "flux")}
+        return {kind: (runs.model(kind), longer(kind)) for kind in ("sd1", "sdxl", "sd3", "flux", "schnell")}
 
 
 def chosen(path, kind, strength):
@@ -34,7 +34,7 @@ def test_in_the_middle_is_what_ledits_begins_with(path, kind):
 
 @pytest.mark.parametrize(("kind", "strength", "skip", "cfg"), [
     ("sd1", 0.0, 36, 3.75), ("sd1", 1.0, 0, 15.0), ("sd3", 0.5, 7, 3.5), ("sd3", 0.0, 14, 1.75), ("sd3", 1.0, 0, 7.0),
-    ("flux", 0.5, 7, 1.0), ("flux", 1.0, 0, 1.0)])
+    ("flux", 0.5, 7, 1.0), ("flux", 1.0, 0, 1.0), ("schnell", 0.5, 7, 1.0)])
 def test_both_ends(path, kind, strength, skip, cfg):
     """skip = 2 (1 - s) middle, cfg = middle * 2^(2 s - 1); a guidance-distilled model takes no cfg."""
     assert chosen(path, kind, strength) == (skip, cfg)

@@ -12,6 +12,7 @@ from comfyui_ledits.nodes import sampling, sockets
 from comfyui_ledits.nodes.edit_friendly_inversion import EditFriendlyInversion
 from comfyui_ledits.nodes.preview import PreviewAttention, RecordAttention
 from comfyui_ledits.nodes.semantic_concept import SemanticConcept
+from comfyui_ledits.samplers.ledits import LeditsSampler
 from comfyui_ledits.samplers.methods.sega import NOISE, SEGA
 from comfyui_ledits.tools.api.client import ComfyClient
 from PIL import Image
@@ -166,6 +167,10 @@ def test_where_concepts_pushed_is_seen(masking):
     assert set(latents["both"][sockets.OBSERVED].masks) == {"concept 1", "concept 2"}
     shown = made["both"][4]
     assert shown.shape == (len(area), 8 * area.shape[1], 8 * area.shape[2]) and shown.mean() > made["one"][4].mean()
+    guider = sampling.LeditsGuiderNode.execute(model=runs.model("sd1"), positive=words[0], negative=words[1], cfg=1.0, concepts=first)[0]
+    picture, sampler = path.latent_format.process_out(path.latents[-1]), LeditsSampler(path)
+    guider.sample(torch.zeros_like(picture), picture, sampler, path.sigmas[3:], disable_pbar=True)
+    assert "concept 1" in sampler.observed.masks and guider.areas == {}  # nothing stays on the GUIDER
     assert sockets.OBSERVED not in sampling.LeditsKSampler.execute(
         model=runs.model("sd1"), positive=runs.prompts("sd1")[0], negative=runs.prompts("sd1")[1], inversion=path, cfg=1.0, skip=3)[0]
 
