@@ -66,7 +66,8 @@ class _PromptToPrompt:
             chain_input(),
             io.Combo.Input("local_blend", options=BLENDS, default=BLENDS[0], optional=True,
                            tooltip="blend_words: the words written there say where the picture may change, none for no "
-                           "blend. auto: where none are written, the words that source and target do not share."),
+                           "blend. auto: where none are written, the words that source and target do not share, "
+                           "and the one after them."),
         ]
 
     @classmethod

@@ -3,7 +3,7 @@ import time
 
 import pytest
 import torch
-from comfyui_ledits.attention_hooks.text.align import _global_align, align
+from comfyui_ledits.attention_hooks.text.align import _global_align, align, places
 from comfyui_ledits.attention_hooks.text.edit_direction import add_direction, edit_direction, may_be_cut
 from comfyui_ledits.attention_hooks.text.tokens import TEMPLATE, draft, read
 from support import text_encoders
@@ -48,6 +48,23 @@ def test_every_target_token_has_the_source_s_attention_or_its_own(kind, mapping)
             outside = torch.ones(len(a), dtype=torch.bool)
             outside[x.first : x.end] = False
             assert not out.matrix[outside][:, y.first : y.end].any()
+
+
+@pytest.mark.parametrize(("source", "target", "before", "after"), [
+    ("a cat on a bench", "a dog on a bench", "cat", "dog"),
+    ("a red star", "a green star", "red star", "green star"),  # an adjective: its noun says where
+    ("a red star", "an orange star", "red star", "orange star"),  # the article has changed too
+    ("a star", "a star on the table", "", "table"),
+    ("a cat sitting on a bench", "a dog sitting on a bench", "cat", "dog"),
+    ("a bench", "a big, red bench", "bench", "big red bench"),
+    ("a red cat, a dog", "a blue cat, a dog", "red cat", "blue cat"),
+    ("a cat on a bench", "a cat in a bench", "on", "in"),  # nothing else has changed
+    ("a cat", "a cat", "", "")])
+def test_the_words_that_say_where_two_prompts_differ(source, target, before, after):
+    clip = text_encoders.clip("flux")
+    tokens = read(clip, source), read(clip, target)
+    for one, positions, expected in zip(tokens, places(*tokens), (before, after)):
+        assert [w.text for w in one.words if set(w.positions) <= set(positions)] == expected.split()
 
 
 def test_a_longer_target_without_padding_keeps_its_own():

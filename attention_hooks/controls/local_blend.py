@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from ..text.align import changed, columns
+from ..text.align import columns, places
 
 NAME = "local blend"  # of its masks
 
@@ -15,7 +15,8 @@ class LocalBlend:
     """Settings of the mask.
 
     Attributes:
-        words: phrases whose place may change, in either prompt; empty for the words that the two prompts do not share.
+        words: phrases whose place may change, in either prompt; empty for those that tell where the two prompts differ
+            (`align.places`).
         substruct_words: phrases whose place may not.
         threshold, substruct_threshold: share of the map's maximum above which a place belongs to a word.
         start: fraction of the steps after which the mask is applied.
@@ -35,7 +36,7 @@ class LocalBlend:
         Raises:
             ValueError: names it.
         """
-        if not self.words and not any(changed(prompts.source_tokens, prompts.target_tokens)):
+        if not self.words and not any(places(prompts.source_tokens, prompts.target_tokens)):
             raise ValueError(
                 "Local blend is to find the words that change, but source and target prompt have the same words: change the "
                 "target in Edit Prompts, or write blend_words."
@@ -64,7 +65,7 @@ class BoundBlend:
         both = prompts.source_tokens, prompts.target_tokens
         words = [columns(tokens, settings.words) for tokens in both]
         if not settings.words:
-            for column, positions in zip(words, changed(*both)):
+            for column, positions in zip(words, places(*both)):
                 column[list(positions)] = 1
         self.columns = tuple(
             torch.stack([column, columns(tokens, settings.substruct_words)], dim=1) for column, tokens in zip(words, both)

@@ -9,6 +9,11 @@ from .encoders import CLIP
 from .words import END, PAD, START, TEMPLATE, WORD
 
 MAPPINGS = ("auto", "replace", "refine")
+# English words without a place of their own; other languages' count as words that have one.
+SILENT = frozenset(
+    "a an the this that these those some and or but of on in at to by for from with without into onto over under near is are was "
+    "were be as its his her their very".split()
+)
 MOST = 64_000_000  # pairs of tokens: 8000 a prompt, aligned in a second, are a matrix of 256 MB
 
 
@@ -233,14 +238,33 @@ def columns(tokens, phrases):
     return out
 
 
-def changed(source, target):
-    """Positions of the words that the two prompts do not share, in order: (source's, target's).
+def places(source, target):
+    """Positions of the words that say where two prompts' pictures differ: (source's, target's), in order.
 
-    Words are compared as they are written; a word that has moved has changed.
+    They are the words that the prompts do not share, as they are written; a word that has moved has changed. An adjective's
+    attention lies all over the picture, so that the word after changed ones counts too ("star", where "a red star" becomes
+    "a green star"), but for a participle ("sitting"). Articles, prepositions and punctuation count where nothing else has
+    changed.
     """
     pairs = _global_align([w.text for w in source.words], [w.text for w in target.words])
     kept = {i for i, _ in pairs}, {j for _, j in pairs}
-    return tuple(
-        tuple(p for n, word in enumerate(tokens.words) if n not in same for p in word.positions)
-        for tokens, same in zip((source, target), kept)
-    )
+    words = source.words, target.words
+    chosen = [{n for n in range(len(own)) if n not in same} for own, same in zip(words, kept)]
+    if any(_tells(own[n]) for own, numbers in zip(words, chosen) for n in numbers):
+        chosen = [_telling(*of_one) for of_one in zip(words, chosen)]
+    for i, j in pairs:  # a noun that both prompts have says it in both
+        if i in chosen[0] or j in chosen[1]:
+            chosen[0].add(i)
+            chosen[1].add(j)
+    return tuple(tuple(p for n in sorted(numbers) for p in own[n].positions) for own, numbers in zip(words, chosen))
+
+
+def _telling(words, changed):
+    """Numbers of the changed words that tell a place, and of the one after each, as a set."""
+    chosen = {n for n in changed if _tells(words[n])}
+    behind = {n + 1 for n in chosen if n + 1 < len(words)}
+    return chosen | {n for n in behind if _tells(words[n]) and not words[n].text.casefold().endswith("ing")}
+
+
+def _tells(word):
+    return word.text.casefold() not in SILENT and any(c.isalnum() for c in word.text)
