@@ -11,7 +11,7 @@ from comfyui_ledits.samplers.methods import edit_friendly
 from comfyui_ledits.samplers.methods.families import FAMILIES
 from comfyui_ledits.samplers.methods.record import Inversion
 from comfyui_ledits.samplers.methods.sega import ATTENTION, BOTH, MASKS, NOISE, SEGA, Concept, guidance
-from comfyui_ledits.tools.benchmarks import workbench
+from comfyui_ledits.tools.benchmarks import speed_peers
 from support import flow_editing, tiny, tiny_flow
 
 STEPS, SCALE, THRESHOLD = 12, 5.0, 0.8
@@ -39,7 +39,7 @@ class Lengths:
 def theirs():
     """diffusers' pipeline after its inversion of a picture, and the noise of its path, noisiest level first."""
     pytest.importorskip("diffusers")
-    pipe, _ = workbench.leditspp("cpu")
+    pipe = speed_peers.leditspp("cpu")
     pipe.tokenizer = Lengths(pipe.tokenizer)
     picture = torch.from_numpy(scenes.render(scenes.random_scene(3))[0])[None]
     with torch.no_grad():

@@ -1,27 +1,34 @@
-"""What editing costs: seconds and memory of this pack beside the bare network, plain sampling and diffusers.
+"""What editing costs: seconds and memory of this pack beside the bare network, plain sampling, and other people's code.
 
-    python dev.py bench [CASE ...] [--model demo|tiny|sd15|CHECKPOINT] [--steps 50] [--repeat 5] [--quick] [--json FILE]
+    python dev.py bench [CASE ...] [--model demo|demo-flow|tiny|sd15|flux|CHECKPOINT] [--steps 50] [--repeat 5] [--quick]
+                        [--reference FOLDER ...] [--json FILE] [--report [FILE]]
 
 The two sides of a ratio are measured in one process, in turns (A B A B ...), and given as medians; nothing is asserted.
-Memory is measured in a fresh process for each side. A new comparison is one function in `speed_cases.CASES`.
+Memory is measured in a fresh process for each side. A new comparison is one function in `speed_cases.CASES`. --report
+measures what docs/performance.md holds, model by model, and writes it.
 """
 
 import argparse
 import json
 from pathlib import Path
 
-from . import workbench
-from .speed_cases import CASES, MEMORY, measure, say
+from . import speed_report, workbench
+from .speed_cases import CASES
+from .speed_lines import say
+from .speed_memory import MEMORY, measure
 
 
 def parse(arguments):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", metavar="CASE", help="; ".join(f"{c.__name__}: {c.__doc__}" for c in CASES))
-    parser.add_argument("--model", default="demo", help="demo, a checkpoint file, or random weights: tiny, sd15, flux")
+    parser.add_argument("--model", default="demo", help="demo, demo-flow, a checkpoint file, or random weights: tiny, sd15, flux")
+    parser.add_argument("--size", type=int, help="height and width of the latents, instead of the model's own")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--repeat", type=int, help="how often each side is measured")
     parser.add_argument("--quick", action="store_true", help="6 steps, once: shows that everything runs")
+    parser.add_argument("--reference", type=Path, action="append", help="a checkout of the authors' code, to measure beside")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
+    parser.add_argument("--report", type=Path, nargs="?", const=speed_report.PAGE, help="write docs/performance.md, or FILE")
     parser.add_argument("--measure", choices=MEMORY, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     options.steps = options.steps or (6 if options.quick else 50)
@@ -31,27 +38,40 @@ def parse(arguments):
     return options
 
 
+def machine():
+    """The device and the libraries in words."""
+    import torch
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    return f"{device}, torch {torch.__version__}"
+
+
+def run(options):
+    """Lines of the chosen cases, see `speed_lines.row`, with "case"; they are printed as they come."""
+    found, bench = [], workbench.Bench(options)
+    say(f"{options.model} model, {options.steps} steps, {options.repeat} repetitions; {machine()}")
+    for case in CASES:
+        if options.cases and case.__name__ not in options.cases:
+            continue
+        say(f"\n{case.__doc__}")
+        for r in case(bench):
+            found.append(r | {"case": case.__name__, "title": case.__doc__})
+            say(f"  {r['name']:50} {r['first']:>20} {r['a']:9.3f} {r['unit']:2}  {r['second']:>10} {r['b']:9.3f} "
+                f"{r['unit']:2}  ratio {r['ratio']:.3f}  {r['note']}")
+    return found
+
+
 def main(arguments):
     options = parse(arguments)
     workbench.prepare()
     import torch
 
-    found = []
     with torch.inference_mode():  # as ComfyUI runs nodes
-        bench = workbench.Bench(options)
         if options.measure:
-            return measure(bench, options.measure)
-        device = torch.cuda.get_device_name() if bench.cuda else f"CPU, {torch.get_num_threads()} threads"
-        machine = f"{device}, torch {torch.__version__}"
-        say(f"{options.model} model, {options.steps} steps, {options.repeat} repetitions; {machine}")
-        for case in CASES:
-            if options.cases and case.__name__ not in options.cases:
-                continue
-            say(f"\n{case.__doc__}")
-            for r in case(bench):
-                found.append(r | {"case": case.__name__})
-                say(f"  {r['name']:50} {r['first']:>20} {r['a']:9.3f} {r['unit']:2}  {r['second']:>10} {r['b']:9.3f} "
-                    f"{r['unit']:2}  ratio {r['ratio']:.3f}  {r['note']}")
+            return measure(workbench.Bench(options), options.measure)
+        if options.report:
+            return speed_report.write(options, run, machine())
+        found = run(options)
     if options.json:
-        settings = {"machine": machine, "model": options.model, "steps": options.steps, "repeat": options.repeat}
+        settings = {"machine": machine(), "model": options.model, "steps": options.steps, "repeat": options.repeat}
         options.json.write_text(json.dumps(settings | {"rows": found}, indent=1) + "\n", "utf-8")

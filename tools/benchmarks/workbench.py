@@ -1,5 +1,6 @@
-"""What the benchmark measures with: a model and its runs in this process, the clock, and diffusers' pipeline."""
+"""What the benchmark measures with: a model and its runs in this process, and the clock."""
 
+import contextlib
 import logging
 import os
 import platform
@@ -7,7 +8,6 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 from .. import inside_comfyui
 from .speed_models import FLUX, SD15, TINY, RandomText, random_flux, random_model
@@ -26,8 +26,15 @@ def prepare():
     logging.disable(logging.WARNING)
 
 
+def environment(**more):
+    """The environment of a process like this one."""
+    return os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | more
+
+
 class Bench:
     """A model, what the cases run on it, and the clock."""
+
+    SOURCE, TARGET = SOURCE, TARGET
 
     def __init__(self, options):
         import comfy.sd
@@ -43,11 +50,12 @@ class Bench:
             self.model, self.clip = random_model(unet), RandomText(unet["context_dim"])
         elif options.model == "flux":
             self.model, self.clip, side = random_flux(), RandomText(FLUX["context_in_dim"], FLUX["vec_in_dim"]), 64
-        elif options.model == "demo":
-            (self.model, self.clip, self.vae), side = loader.load(), 16
+        elif options.model in ("demo", "demo-flow"):
+            (self.model, self.clip, self.vae), side = (loader.load if options.model == "demo" else loader.load_flow)(), 16
         else:
             self.model, self.clip, self.vae, *_ = comfy.sd.load_checkpoint_guess_config(options.model)
             side = 64
+        side = options.size or side
         self.shape = (self.model.model.latent_format.latent_channels, side, side)
         self.cuda = torch.cuda.is_available()
 
@@ -79,12 +87,22 @@ class Bench:
         return tuple(Concept(conditioning=self.cond(word), direction=1, scale=7.0, threshold=0.9, warmup=warmup,
                              momentum_scale=momentum, momentum_beta=0.6) for word in words)
 
-    def methods(self):
+    @contextlib.contextmanager
+    def larger(self):
+        """Latents of twice the height and width meanwhile."""
+        before = self.shape
+        self.shape = (before[0], 2 * before[1], 2 * before[2])
+        try:
+            yield
+        finally:
+            self.shape = before
+
+    def methods(self, latent=None):
         """{name: a function that gives the NodeOutput of an inversion}, one for each method."""
         from ...nodes import ddim_inversions, learned_inversions
 
         most = 2 if self.options.quick else None
-        own = {"model": self.model, "positive": self.cond(SOURCE), "negative": self.cond(""), "latent": self.latent(1),
+        own = {"model": self.model, "positive": self.cond(SOURCE), "negative": self.cond(""), "latent": latent or self.latent(1),
                "steps": self.steps, "scheduler": "ddim_uniform"}
         exact = own | {"cfg": 1.0, "tolerance": 0.0, "convention": "A"}
         inverted = exact | {"path": {"path": "inverted"}}
@@ -103,12 +121,12 @@ class Bench:
                 **learned, first_steps=most or 100, attention_loss=1.0, tau_v=0.5),
         }
 
-    def noise_path(self):
+    def noise_path(self, pictures=1, steps=None):
         """A path that is made without the network."""
         from ...nodes.sdedit import SDEditPath
 
-        return SDEditPath.execute(model=self.model, latent=self.latent(1), steps=self.steps, scheduler="ddim_uniform",
-                                  seed=0)[0]
+        return SDEditPath.execute(model=self.model, latent=self.latent(pictures), steps=steps or self.steps,
+                                  scheduler="ddim_uniform", seed=0)[0]
 
     def prompt_to_prompt(self, cross=0.8, layout=0.4):
         from ...attention_hooks.controls.p2p import PromptToPrompt
@@ -226,43 +244,3 @@ def peak_memory():
         status = Path("/proc/self/status").read_text()
         return 1024 * int(status.split("VmHWM:")[1].split()[0])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def leditspp(device):
-    """diffusers' LEDITS++ pipeline on the demo model's weights; and a function that counts a run's U-Net rows."""
-    import comfy
-    import torch
-    from diffusers import DPMSolverMultistepScheduler, LEditsPPPipelineStableDiffusion
-    from diffusers.utils import logging as diffusers_logging
-    from transformers import CLIPTokenizer
-
-    from ...demo import nets
-
-    diffusers_logging.set_verbosity_error()
-    vae, unet, short, tokens = nets.load_diffusers()
-    state, key = short.state_dict(), next(k for k in short.state_dict() if k.endswith("token_embedding.weight"))
-    text = nets.build_text(nets.TEXT_CONFIG["vocab_size"])
-    table = state[key].mean(0).repeat(nets.TEXT_CONFIG["vocab_size"], 1)
-    table[tokens.ids] = state[key]
-    text.load_state_dict(state | {key: table})
-    encode = vae.encode
-    # The pipeline expects an autoencoder that gives a distribution.
-    vae.encode = lambda x: SimpleNamespace(latent_dist=SimpleNamespace(mode=lambda: encode(x).latents))
-    vae.register_to_config(sample_size=nets.SIDE)
-    scheduler = DPMSolverMultistepScheduler(
-        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, prediction_type="v_prediction",
-        algorithm_type="sde-dpmsolver++", solver_order=2, steps_offset=1)
-    tokenizer = CLIPTokenizer.from_pretrained(
-        os.path.join(list(comfy.__path__)[0], "sd1_tokenizer"), model_max_length=nets.TOKENS)
-    pipe = LEditsPPPipelineStableDiffusion(vae, text.eval(), tokenizer, unet, scheduler, None, None, False).to(device)
-    pipe.set_progress_bar_config(disable=True)
-
-    def count(run):
-        rows = []
-        hook = pipe.unet.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
-        with torch.no_grad():
-            run()
-        hook.remove()
-        return sum(rows)
-
-    return pipe, count

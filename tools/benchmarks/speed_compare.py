@@ -1,0 +1,140 @@
+"""Cases of the benchmark: other people's code, in the same process and in turns."""
+
+import importlib.util
+
+from . import speed_peers
+from .speed_lines import row, rows_of, say
+
+
+def _missing(bench):
+    """Whether a comparison with diffusers is impossible here; says why."""
+    if bench.options.model == "demo" and importlib.util.find_spec("diffusers") is not None:
+        return False
+    say("  left out: it needs diffusers and the demo model")
+    return True
+
+
+def _picture(seed=3, side=128):
+    """A demo picture, uint8 [side, side, 3]."""
+    import numpy as np
+
+    from ...demo import scenes
+
+    drawn = np.round(np.asarray(scenes.render(scenes.random_scene(seed))[0]) * 255).astype(np.uint8)
+    return drawn.repeat(side // 128, 0).repeat(side // 128, 1)
+
+
+def leditspp(bench):
+    """LEDITS++ of diffusers: same weights, noise levels, solver and number of predictions, one concept"""
+    if _missing(bench):
+        return
+    import torch
+
+    picture = torch.from_numpy(_picture())[None].float() / 255
+    theirs, image = speed_peers.leditspp(bench.model.load_device), picture.movedim(-1, 1)
+    state = {}
+
+    def their_inversion():
+        theirs.invert(image, source_prompt="", num_inversion_steps=bench.steps, skip=0.15,
+                      generator=torch.Generator().manual_seed(0))
+
+    def their_edit():
+        return theirs(editing_prompt=["star"], edit_guidance_scale=7.0, edit_threshold=0.9, use_intersect_mask=False,
+                      output_type="pt").images
+
+    def our_inversion():
+        bench.conds.clear()
+        latent = {"samples": bench.vae.encode(picture)}
+        state["ours"] = bench.invert(source="", sigmas=state["sigmas"], latent=latent)
+        return state["ours"]
+
+    def our_edit():
+        bench.conds.clear()
+        output = bench.edit(state["ours"].result[0], "", 1.0, 0, bench.concepts(["star"], 0, 0.0), "dpmpp_2m_sde")
+        bench.vae.decode(output.result[0]["samples"])
+        return output
+
+    their_inversion()
+    state["sigmas"] = theirs.scheduler.sigmas[-bench.steps - 1 :].float()
+    for name, ours, other in (("inversion", our_inversion, their_inversion), ("edit", our_edit, their_edit)):
+        note = f"{rows_of(ours())} rows, {speed_peers.count(theirs.unet, other)} rows"
+        t = bench.times(ours=ours, theirs=other)
+        yield row(f"LEDITS++ {name}, autoencoder and text included", "this pack", "diffusers", t["ours"], t["theirs"],
+                  note=note)
+
+
+def sega(bench):
+    """SEGA of diffusers: same weights and number of predictions, cfg and two concepts, from noise"""
+    if _missing(bench):
+        return
+    import torch
+
+    theirs = speed_peers.sega(bench.model.load_device)
+    path, words = bench.noise_path(), ["star", "red"]
+
+    def their_edit():
+        return theirs("a blue circle", editing_prompt=words, edit_guidance_scale=7.0, edit_warmup_steps=2, edit_threshold=0.9,
+                      edit_momentum_scale=0.3, edit_mom_beta=0.6, num_inference_steps=bench.steps, height=128, width=128,
+                      generator=torch.Generator().manual_seed(0), output_type="pt").images
+
+    def our_edit():
+        bench.conds.clear()
+        output = bench.edit(path, "a blue circle", skip=0, concepts=bench.concepts(words))
+        bench.vae.decode(output.result[0]["samples"])
+        return output
+
+    note = f"{rows_of(our_edit())} rows, {speed_peers.count(theirs.unet, their_edit)} rows"
+    t = bench.times(ours=our_edit, theirs=their_edit)
+    yield row("SEGA, autoencoder and text included", "this pack", "diffusers", t["ours"], t["theirs"], note=note)
+
+
+def references(bench):
+    """the authors' code (--reference FOLDER) on the demo weights, one picture of 512 x 512, inversion and edit together"""
+    if not bench.options.reference:
+        say("  left out: it needs --reference FOLDER, a checkout of " + ", ".join(speed_peers.REFERENCES))
+        return
+    if _missing(bench):
+        return
+    import torch
+
+    picture = _picture(side=512)
+    image = torch.from_numpy(picture)[None].float() / 255
+
+    def inverted(method):
+        bench.conds.clear()
+        return method({"samples": bench.vae.encode(image)})
+
+    def decoded(output):
+        bench.vae.decode(output.result[0]["samples"])
+        return rows_of(output)
+
+    def direct(latent):
+        return bench.methods(latent)["Direct"]()
+
+    def our_p2p():
+        path = inverted(direct)
+        return rows_of(path) + decoded(bench.edit(path.result[0], skip=0, concepts=(), attention=(bench.prompt_to_prompt(0.4, 0.6),)))
+
+    def our_masactrl():
+        path = inverted(lambda latent: bench.methods(latent)["DDIM"]())
+        return rows_of(path) + decoded(bench.edit(path.result[0], skip=0, concepts=(), attention=(bench.masactrl(),)))
+
+    def our_edit_friendly():
+        path = inverted(lambda latent: bench.invert(latent=latent))
+        return rows_of(path) + decoded(bench.edit(path.result[0], cfg=15.0, concepts=()))
+
+    ours = {"PnPInversion": our_p2p, "MasaCtrl": our_masactrl, "DDPM_inversion": our_edit_friendly}
+    what = {"PnPInversion": "Direct Inversion and P2P", "MasaCtrl": "DDIM inversion and MasaCtrl",
+            "DDPM_inversion": "edit-friendly inversion and edit"}
+    for folder in bench.options.reference:
+        name = speed_peers.known(folder)
+        with speed_peers.imported(folder):
+            run, network = speed_peers.REFERENCES[name][1](folder, bench.model.load_device, bench.steps)
+        run = speed_peers.quiet(run)
+
+        def theirs(run=run):
+            return run(picture, bench.SOURCE, bench.TARGET)
+
+        note = f"{ours[name]()} rows, {speed_peers.count(network, theirs)} rows; commit {speed_peers.commit(folder)}"
+        t = bench.times(ours=ours[name], theirs=theirs)
+        yield row(what[name], "this pack", name, t["ours"], t["theirs"], note=note)
