@@ -61,6 +61,9 @@ def leditspp(bench):
         t = bench.times(ours=ours, theirs=other)
         yield row(f"LEDITS++ {name}, autoencoder and text included", "this pack", "diffusers", t["ours"], t["theirs"],
                   note=note)
+    ours, rows = bench.bare(our_edit)
+    t = bench.times(ours=ours, theirs=speed_peers.bare(theirs.unet, their_edit))
+    yield row("the bare networks of the edit", "ComfyUI's", "diffusers'", t["ours"], t["theirs"], note=f"{rows} rows")
 
 
 def sega(bench):

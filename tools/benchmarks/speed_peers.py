@@ -16,16 +16,32 @@ from types import ModuleType, SimpleNamespace
 BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 
 
-def count(network, run):
-    """Rows that a diffusers U-Net is given while `run()` runs."""
+def _calls(network, run):
+    """What a diffusers U-Net is given while `run()` runs: [(args, kwargs)]."""
     import torch
 
-    rows = []
-    hook = network.register_forward_pre_hook(lambda module, args, kwargs: rows.append(len(args[0])), with_kwargs=True)
+    calls = []
+    hook = network.register_forward_pre_hook(lambda module, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
     with torch.no_grad():
         run()
     hook.remove()
-    return sum(rows)
+    return calls
+
+
+def count(network, run):
+    """Rows that a diffusers U-Net is given while `run()` runs."""
+    return sum(len(args[0]) for args, _ in _calls(network, run))
+
+
+def bare(network, run):
+    """A function that repeats the network's calls of `run()` and does nothing else."""
+    calls = _calls(network, run)
+
+    def again():
+        for args, kwargs in calls:
+            network(*args, **kwargs)
+
+    return again
 
 
 def parts(device):
