@@ -8,6 +8,7 @@ COMFYUI_PATH     use this ComfyUI as it is instead of unpacking one; its models,
 COMFYUI_PYTHON   with COMFYUI_PATH: the Python that runs it, used as it is instead of a .venv
 COMFYUI_VERSION  which ComfyUI to unpack
 COMFYUI_FRONTEND with `test`: the folder of a frontend's files (static/ of the package comfyui-frontend-package) to serve
+LEDITS_TEST_DEVICE with `test`: cuda puts ComfyUI on the GPU, which --gpu does by itself
 CHROMIUM         the browser for `test --browser`, where it is not on the PATH
 """
 import errno
@@ -42,6 +43,8 @@ RUN = "tools/run.py"
 
 # A pattern and not the file's name, as pytest drops a file that is named beside its folder.
 BROWSER_TESTS = ("tests/browser", "-o", "python_files=test_*.py check_*.py")
+# Those marked gpu alone, and why one was skipped.
+GPU_TESTS = ("-m", "gpu", "-rs")
 
 
 def demo(arguments):
@@ -58,18 +61,20 @@ def demo(arguments):
 
 
 def test(arguments):
-    """run the tests, with --browser also those in a real browser; more arguments go to pytest"""
+    """run the tests, with --browser also those in a real browser, with --gpu those on a CUDA GPU alone; more goes to pytest"""
     home = set_up()
-    browser = "--browser" in arguments
+    browser, gpu = "--browser" in arguments, "--gpu" in arguments
+    if gpu:  # the tests put ComfyUI on the CPU otherwise
+        os.environ.setdefault("LEDITS_TEST_DEVICE", "cuda")
     if browser and not chromium():
         install_chromium()
     if os.environ.get("COMFYUI_PYTHON") and subprocess.call([str(home.python), "-c", "import pytest"]):
         raise Stop(f"The tests need pytest: install it with `{home.python} -m pip install pytest`, or unset "
                    "COMFYUI_PYTHON to have an environment made here.")
-    arguments = [argument for argument in arguments if argument != "--browser"]
+    arguments = [argument for argument in arguments if argument not in ("--browser", "--gpu")]
     chosen = any(argument.startswith("tests/") for argument in arguments)
     return run_inside(home, "-m", "pytest", "-c", "tests/pytest.ini", *([] if chosen else ["tests"]),
-                      *(BROWSER_TESTS if browser else []), *arguments)
+                      *(BROWSER_TESTS if browser else []), *(GPU_TESTS if gpu else []), *arguments)
 
 
 def serve(arguments):

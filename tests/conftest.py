@@ -1,4 +1,4 @@
-"""For every test: ComfyUI and the pack can be imported, on the CPU unless LEDITS_TEST_DEVICE=cuda.
+"""For every test: ComfyUI and the pack can be imported, on the CPU unless LEDITS_TEST_DEVICE=cuda and there is a CUDA GPU.
 
 Tests write `from comfyui_ledits.samplers.methods.sega import ...`; the folder the pack lies in may have any name.
 """
@@ -34,7 +34,25 @@ import_pack()
 
 from comfyui_ledits.tools import inside_comfyui  # noqa: E402
 
-inside_comfyui.prepare(COMFYUI, cpu=os.environ.get("LEDITS_TEST_DEVICE") != "cuda")
+
+def why_no_gpu():
+    """Why the tests marked gpu cannot run; "" where they can."""
+    import torch
+    if not torch.cuda.is_available():
+        return "no CUDA GPU: torch.cuda.is_available() is False"
+    if os.environ.get("LEDITS_TEST_DEVICE") != "cuda":
+        return "ComfyUI runs on the CPU here: start these tests with `python dev.py test --gpu`"
+    return ""
+
+
+inside_comfyui.prepare(COMFYUI, cpu=os.environ.get("LEDITS_TEST_DEVICE") != "cuda" or bool(why_no_gpu()))
+
+
+def pytest_collection_modifyitems(items):
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if marked and (reason := why_no_gpu()):
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture
@@ -102,3 +120,16 @@ def unsettled(monkeypatch):
     """The LEDITS sampler without putting pictures back on their path: what comes back comes back by the formulas alone."""
     from comfyui_ledits.samplers import ledits
     monkeypatch.setattr(ledits, "_ROUNDING", 0.0)
+
+
+@pytest.fixture
+def full_precision():
+    """On a GPU, float32 in full: cuDNN takes TF32 for convolutions by itself, which rounds to 1e-3."""
+    import torch
+    places = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [place.allow_tf32 for place in places]
+    for place in places:
+        place.allow_tf32 = False
+    yield
+    for place, was in zip(places, before):
+        place.allow_tf32 = was

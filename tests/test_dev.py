@@ -101,6 +101,24 @@ def test_browser_adds_the_browser_tests_to_what_is_asked(ready, asked, chosen):
     assert f"pytest got {['-c', 'tests/pytest.ini', *chosen, *dev.BROWSER_TESTS, *asked]}" in output
 
 
+@pytest.mark.parametrize(("asked", "chosen"), [([], ["tests"]), (["tests/test_gpu_edits.py", "-s"], [])])
+@pytest.mark.parametrize(("given", "device"), [({}, "cuda"), ({"LEDITS_TEST_DEVICE": "cpu"}, "cpu")])
+def test_gpu_runs_the_tests_marked_so_with_comfyui_on_the_gpu(ready, asked, chosen, given, device):
+    code, output, _ = ready.run("test", "--gpu", *asked, online=False, **given)
+    assert code == 3
+    assert f"pytest got {['-c', 'tests/pytest.ini', *chosen, '-m', 'gpu', '-rs', *asked]} on {device}" in output
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_without_a_gpu_the_tests_of_one_are_skipped_with_the_reason(device):
+    environment = {**os.environ, "LEDITS_TEST_DEVICE": device, "CUDA_VISIBLE_DEVICES": ""}
+    process = subprocess.run([sys.executable, "-m", "pytest", "-c", "tests/pytest.ini", "-p", "no:cacheprovider", *dev.GPU_TESTS,
+                              "tests/test_gpu_reconstruction.py"], check=False, cwd=dev.ROOT, env=environment, capture_output=True, text=True)
+    last = process.stdout.splitlines()[-1]
+    assert process.returncode == 0 and " skipped" in last and "passed" not in last, process.stdout
+    assert "no CUDA GPU: torch.cuda.is_available() is False" in process.stdout
+
+
 @pytest.mark.parametrize("asked", ["tests", "tests/test_it.py"])
 def test_pytest_collects_the_browser_tests_beside_the_others(tmp_path, asked):
     for name in ("browser/check_it.py", "test_it.py"):

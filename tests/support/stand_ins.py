@@ -18,7 +18,7 @@ import dev
 
 PYTEST = """
 import os, subprocess, sys, time
-print('pytest got', sys.argv[1:], flush=True)
+print('pytest got', sys.argv[1:], 'on', os.environ.get("LEDITS_TEST_DEVICE"), flush=True)
 if "-waits" in sys.argv:  # with a server of its own, as a session of pytest
     server = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
     try:
@@ -127,7 +127,7 @@ class Clone:
 
     def environment(self, online=True, **more):
         """pip sees the stand-in index, or an index whose host refuses connections; and no one's settings."""
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "COMFYUI_"))}
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "COMFYUI_", "LEDITS_"))}
         index = ({"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(self.index)} if online else
                  {"PIP_INDEX_URL": f"http://127.0.0.1:{dev.free_port()}/simple", "PIP_RETRIES": "0"})
         return {**kept, "PIP_CONFIG_FILE": os.devnull, "PIP_NO_CACHE_DIR": "1", **index, **more}
