@@ -87,10 +87,11 @@ def test_inversion_in_batches_of_any_size_makes_one_record(device, kind, dtype):
         with_rows.remove()
         assert calls == [at_once] * (32 // at_once)
     one = records.pop(1)
+    # A residual is off by what the network rounds of the noise that a step takes out, and by what float32 rounds of latents.
+    noise = torch.tensor([one.step(i).take * float(one.sigmas[i]) for i in range(32)])
+    size = one.latents[:-1].flatten(1).abs().amax(1)
     for at_once, many in records.items():
         assert torch.equal(many.latents, one.latents)
-        # a residual is off by what a prediction of the noise is, times the level and the step's weight of D
-        weights = torch.tensor([one.step(i).take * float(one.sigmas[i]) for i in range(32)])
-        off = ((many.residuals - one.residuals).flatten(1).abs().amax(1) / weights).max()
-        print(f"{device:4} {kind:5} {dtype:8} {at_once:2} at once: noise off by {off:.1e}")
-        assert off < 1e-5 + 16 * rounding
+        off = (many.residuals - one.residuals).flatten(1).abs().amax(1)
+        print(f"{device:4} {kind:5} {dtype:8} {at_once:2} at once: off by {float((off / noise).max()):.1e} of the noise")
+        assert (off < 16 * (rounding * noise + ROUNDING[torch.float32] * size)).all()
