@@ -36,14 +36,19 @@ def test_an_edit_is_that_of_the_cpu(device, name):
 
 # --- a part of the weights loaded -----------------------------------------------------------------------------------
 
-def with_lora(model, strength=1.0):
+def with_lora(model):
     """A clone with patches on every linear weight of attention, which a loaded layer has in its weights and an offloaded
-    one adds when it runs."""
-    patched, g = model.clone(), torch.Generator().manual_seed(4)
-    names = [n for n, p in model.model.named_parameters() if p.ndim == 2 and ("attn" in n or "qkv" in n)]
-    assert len(names) > 3
-    patched.add_patches({n: ("diff", (0.1 * torch.randn(dict(model.model.named_parameters())[n].shape, generator=g),))
-                         for n in names}, strength)
+    one adds when it runs. On a GPU ComfyUI adds the first in float16 and the second in the weights' dtype: multiples of
+    1/256 are exact in both."""
+    g, weights = torch.Generator().manual_seed(4), dict(model.model.named_parameters())
+    patches = {}
+    for name, weight in weights.items():
+        if weight.ndim == 2 and ("attn" in name or "qkv" in name):
+            weight.mul_(256).round_().div_(256)
+            patches[name] = ("diff", ((25 * torch.randn(weight.shape, generator=g)).round() / 256,))
+    assert len(patches) > 3
+    patched = model.clone()
+    patched.add_patches(patches)
     return patched
 
 

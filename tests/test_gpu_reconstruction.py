@@ -18,6 +18,7 @@ pytestmark = pytest.mark.usefixtures("inference_mode", "full_precision")
 EXACT = 1e-5  # of the picture's standard deviation: the last addition in float32, of latents not far from it in size
 # Times the rounding of one number: the last steps weigh most, and their predictions each round once (measured on a CPU: up to 3).
 ROUNDED = 8
+AT_LEAST = 1e-4  # what float32 may be off by over all steps, as in test_reconstruction
 KINDS = ("sd1", "sdxl_v", "flux", "sd3")
 DTYPES = ("float32", "float16", "bfloat16", "float8_e4m3fn")
 WAYS = {
@@ -35,7 +36,7 @@ def test_the_picture_comes_back(device, kind, dtype, monkeypatch):
     half = dtype in ("float16", "bfloat16")
     model = placed(runs.model(kind), device, dtype, native=half and device == "cpu")
     latent, computed = runs.parts_of(kind).latent(kind), model.model.get_dtype_inference()
-    rounded = max(EXACT, ROUNDED * ROUNDING[computed])
+    rounded = max(AT_LEAST, ROUNDED * ROUNDING[computed])
 
     def off(inversion, **inputs):
         return runs.error(kind, runs.edit(kind, inversion, on=model, **inputs), latent)
