@@ -1,5 +1,6 @@
 """Edits on flow models and on U-Nets alike: masks, prompts beside pictures, stages, and the mask of a LATENT."""
 import functools
+import os
 
 import comfy.latent_formats
 import comfy.model_base
@@ -59,19 +60,30 @@ def test_two_prompts_for_three_pictures_are_the_same_however_many_steps_are_eval
     assert error(kind, edit(kind, inversions[1], cfg=3.0, pair=pair), latent) < 1e-4
 
 
-def test_one_prompt_or_one_for_each_picture_is_still_evaluated_many_steps_at_once():
-    chosen = []
+def chosen(shape, prompts_given=1):
+    """Steps that are evaluated at once, for latents of this shape."""
+    found = []
 
     class Asks(comfy.samplers.Sampler):
         def sample(self, wrap, sigmas, extra_args, *_, **__):
-            chosen.append(levels_at_once(wrap, (3, 4, 8, 8), extra_args["model_options"]))
-            return torch.zeros(3, 4, 8, 8)
+            found.append(levels_at_once(wrap, shape, extra_args["model_options"]))
+            return torch.zeros(shape)
 
-    for prompts_given in (1, 2, 3):
-        words = tiny.conditioning("sd1", SOURCE, batch=prompts_given)
-        guider = LeditsGuider(model("sd1"), words, prompts("sd1", EMPTY)[0], 3.0)
-        guider.sample(torch.zeros(3, 4, 8, 8), tiny.latent("sd1", 3)["samples"], Asks(), torch.tensor([1.0, 0.0]))
-    assert chosen[0] > 1 and chosen[1] == 1 and chosen[2] > 1
+    words = tiny.conditioning("sd1", SOURCE, batch=prompts_given)
+    guider = LeditsGuider(model("sd1"), words, prompts("sd1", EMPTY)[0], 3.0)
+    guider.sample(torch.zeros(shape), torch.zeros(shape), Asks(), torch.tensor([1.0, 0.0]))
+    return found[0]
+
+
+def test_one_prompt_or_one_for_each_picture_is_still_evaluated_many_steps_at_once():
+    assert chosen((3, 4, 8, 8)) > 1 and chosen((3, 4, 8, 8), 2) == 1 and chosen((3, 4, 8, 8), 3) > 1
+
+
+@pytest.mark.skipif(os.environ.get("LEDITS_TEST_DEVICE") == "cuda", reason="a limit of CPUs")
+@pytest.mark.parametrize(("shape", "expected"), [
+    ((1, 4, 16, 16), 16), ((4, 4, 16, 16), 4), ((1, 4, 32, 32), 4), ((1, 4, 64, 64), 1), ((2, 4, 32, 32), 2), ((1, 4, 96, 96), 1)])
+def test_a_cpu_is_given_no_more_places_at_once_than_fill_it(shape, expected):
+    assert chosen(shape) == expected
 
 
 def test_a_hunyuan_video_prompt_with_a_mask_is_evaluated_a_step_at_a_time():

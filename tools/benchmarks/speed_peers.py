@@ -117,23 +117,28 @@ def _old_attention(unet):
             module.__class__ = CrossAttention
 
 
+# Packages that the checkouts import and what is measured does not use, with the names that they take from them.
+STAND_INS = {
+    "matplotlib": (), "matplotlib.pyplot": (), "matplotlib.backends": (), "matplotlib.backends.backend_agg": ("FigureCanvasAgg",),
+    "cv2": (), "IPython": (), "IPython.display": ("display",), "pytorch_lightning": ("seed_everything",),
+}
+
+
 @contextlib.contextmanager
 def imported(folder):
-    """The checkout first on the path, stand-ins for packages that it imports and what is measured does not use; quiet."""
+    """The checkout first on the path, stand-ins for packages that are not installed."""
     before = set(sys.modules)
     hidden = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] in ("utils", "models")}
     sys.path.insert(0, str(folder))
     for name in ("utils", "models"):  # ComfyUI has packages of these names
         sys.modules[name] = ModuleType(name)
         sys.modules[name].__path__ = [str(Path(folder, name))]
-    for name, attributes in {"matplotlib": (), "matplotlib.pyplot": (), "matplotlib.backends": (), "cv2": (),
-                             "matplotlib.backends.backend_agg": ("FigureCanvasAgg",), "IPython": (),
-                             "IPython.display": ("display",), "pytorch_lightning": ("seed_everything",)}.items():
+    for name, attributes in STAND_INS.items():
         try:
             __import__(name)
         except ImportError:
             sys.modules[name] = ModuleType(name)
-            sys.modules[name].__spec__ = ModuleSpec(name, None)
+            sys.modules[name].__spec__, sys.modules[name].is_stand_in = ModuleSpec(name, None), True
             for attribute in attributes:
                 setattr(sys.modules[name], attribute, None)
     try:
@@ -141,7 +146,7 @@ def imported(folder):
     finally:
         sys.path.remove(str(folder))
         for name in set(sys.modules) - before:
-            if name.split(".")[0] in ("utils", "models", "masactrl", "ddm_inversion", "prompt_to_prompt"):
+            if getattr(sys.modules[name], "is_stand_in", False) or name.split(".")[0] in ("utils", "models", "masactrl", "ddm_inversion", "prompt_to_prompt"):
                 del sys.modules[name]
         sys.modules.update(hidden)
 

@@ -5,7 +5,7 @@ from .speed_lines import row, rows_of
 
 def inversion(bench):
     """edit-friendly inversion: all steps in few batches, or one by one"""
-    for pictures in (1,) if bench.options.quick else (1, 4):
+    for pictures in (1,) if bench.options.quick or bench.wide else (1, 4):
         t = bench.times(batched=lambda: bench.invert(pictures), single=lambda: bench.invert(pictures, steps_at_once=1))
         yield row(f"inversion, {pictures} picture{'s' * (pictures > 1)}, {bench.steps} steps", "batched", "one by one",
                   t["batched"], t["single"])

@@ -44,6 +44,7 @@ class Bench:
 
         self.options, self.steps, self.skip = options, options.steps, round(0.36 * options.steps)
         self.clip = self.vae = None
+        self.wide = options.model in ("sd15", "flux")  # seconds a row on a CPU
         self.conds = {}  # prompts that are encoded already
         if options.model in ("tiny", "sd15"):
             unet, side = (TINY, 16) if options.model == "tiny" else (SD15, 64)

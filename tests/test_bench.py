@@ -1,0 +1,53 @@
+"""The benchmark: its cases run, and its page says what was measured."""
+import json
+import re
+import sys
+
+import pytest
+from comfyui_ledits.tools.benchmarks import speed, speed_peers
+
+
+@pytest.fixture(autouse=True)
+def prepared(monkeypatch):
+    """ComfyUI is prepared already, and stays as it is."""
+    monkeypatch.setattr(speed.workbench, "prepare", lambda: None)
+
+
+@pytest.mark.parametrize("model", ["tiny", "demo", "demo-flow"])
+def test_cases_give_lines(model, tmp_path):
+    cases = ["inversion", "second_edits", "growth"]
+    speed.main([*cases, "--model", model, "--quick", "--steps", "2", "--json", str(tmp_path / "numbers.json")])
+    written = json.loads((tmp_path / "numbers.json").read_text("utf-8"))
+    assert {row["case"] for row in written["rows"]} == set(cases) and written["model"] == model
+    for row in written["rows"]:
+        assert row["a"] > 0 and row["b"] > 0 and row["ratio"] == row["a"] / row["b"]
+
+
+def test_the_page_holds_what_was_measured(tmp_path):
+    page = tmp_path / "performance.md"
+    speed.main(["records", "leditspp", "--quick", "--report", str(page)])
+    text = page.read_text("utf-8")
+    assert "ComfyUI" in text.splitlines()[2] and "torch" in text.splitlines()[2]
+    lines = [re.split(r" *\| *", line.strip("| ")) for line in text.splitlines() if re.match(r"\| .*\*\*\d", line)]
+    assert {name.split(",")[0].split(" ")[0] for name, *_ in lines} >= {"SDXL", "Flux", "LEDITS++"}
+    for name, first, a, second, b, ratio, *_ in lines:
+        numbers = [float(side.removesuffix(" s").removesuffix(" MB").replace(",", "")) for side in (a, b)]
+        assert float(ratio.strip("*")) == pytest.approx(numbers[0] / numbers[1], rel=0.02, abs=0.006), name
+
+
+def test_what_is_no_checkout_of_a_reference_is_refused(tmp_path):
+    with pytest.raises(SystemExit, match="no checkout of PnPInversion"):
+        speed_peers.known(tmp_path)
+    (tmp_path / "masactrl").mkdir()
+    (tmp_path / "masactrl" / "masactrl_utils.py").touch()
+    assert speed_peers.known(tmp_path) == "MasaCtrl"
+
+
+def test_a_checkout_s_packages_come_first_and_go_again(tmp_path):
+    (tmp_path / "utils").mkdir()
+    (tmp_path / "utils" / "own.py").write_text("import matplotlib.pyplot\nname = __file__\n", "utf-8")
+    before = sys.modules.get("utils")
+    with speed_peers.imported(tmp_path):
+        from utils.own import name
+    assert name.startswith(str(tmp_path)) and "utils.own" not in sys.modules and sys.modules.get("utils") is before
+    assert str(tmp_path) not in sys.path
