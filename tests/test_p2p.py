@@ -154,6 +154,15 @@ def test_local_blend_finds_the_words_that_change(target, words):
         PromptToPrompt(prompts=same, blend=LocalBlend()).check()
 
 
+@pytest.mark.parametrize("empty", ["", " ", "\n"])
+def test_local_blend_wants_a_target_where_no_words_are_written(empty):
+    both = editing.prompts("sd1", "a cat sitting on a sofa", empty)
+    with pytest.raises(ValueError, match="the target prompt is empty"):
+        PromptToPrompt(prompts=both, blend=LocalBlend()).check()
+    PromptToPrompt(prompts=both, blend=LocalBlend(words=("cat",))).check()
+    PromptToPrompt(prompts=editing.prompts("sd1", empty, "a cat"), blend=LocalBlend()).check()
+
+
 @pytest.mark.parametrize("apart", [False, True])
 def test_a_longer_negative_in_the_same_call(apart):
     """ComfyUI repeats the shorter prompt: every copy of a token has its share of the attention."""

@@ -31,11 +31,16 @@ class LocalBlend:
     blocks: str = "words"
 
     def check(self, prompts):
-        """Refuse a phrase that is in neither prompt.
+        """Refuse a phrase that is in neither prompt; without phrases, prompts that do not say where.
 
         Raises:
-            ValueError: names it.
+            ValueError: names it, or says which prompt to change.
         """
+        if not self.words and not prompts.target_tokens.words:
+            raise ValueError(
+                "Local blend is to find the words that change, but the target prompt is empty: write what the picture is to show "
+                "(target), or write blend_words."
+            )
         if not self.words and not any(places(prompts.source_tokens, prompts.target_tokens)):
             raise ValueError(
                 "Local blend is to find the words that change, but source and target prompt have the same words: change the "
