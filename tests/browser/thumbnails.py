@@ -1,4 +1,4 @@
-"""Make the thumbnails of the example workflows, the help pages' pictures and the README's, by really running them.
+"""Make the thumbnails of the example workflows and the help pages' pictures, by really running them.
 
     python dev.py serve --port 8188                                       # in one terminal
     .venv/bin/python tests/browser/thumbnails.py http://127.0.0.1:8188    # in another; numbers of workflows may follow
@@ -21,7 +21,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import chromium
 import run as _the_pack  # noqa: F401  # knows it as comfyui_ledits
-from comfyui_ledits.tools import contact_sheet
 from comfyui_ledits.tools.api import workflow
 from comfyui_ledits.tools.api.client import ComfyClient
 
@@ -143,7 +142,7 @@ def graph(page, path, url):
 
 def main(url, *numbers):
     client = ComfyClient(url)
-    info, cells = client.object_info(), []
+    info = client.object_info()
     client.ask("/settings", json.dumps({"Comfy.TutorialCompleted": True}).encode())  # or templates cover the first page
     for path in sorted((ROOT / "example_workflows").glob("*.json")):
         if numbers and path.stem[:2] not in numbers:
@@ -155,16 +154,7 @@ def main(url, *numbers):
         else:
             found, words = run(client, workflow.to_prompt(workflow.read(path), info))
             picture = thumbnail(found, words, re.sub(r"^\d+ | \(.*\)$", "", path.stem))
-            if "Save reconstruction" in found and path.stem[:2] in ("01", "02"):
-                steps = [("source", "Source"), ("reconstruction", "Save reconstruction")] if not cells else []
-                steps += [(label(words).replace("\n", " "), "Save edit")]
-                cells += [(text, np.asarray(found[title], np.float32) / 255) for text, title in steps]
         save(picture, path)
-    if len(cells) < 4:
-        return
-    heads = ["source", "reconstruction", "concept alone", "prompt and concept"]
-    contact_sheet.draw(heads, [[("", picture) if text in heads else (text, picture) for text, picture in cells]]).save(
-        ROOT / "web" / "images" / "edit.jpg", quality=88)
 
 
 if __name__ == "__main__":
