@@ -242,6 +242,42 @@ def test_words_stay_on_the_nodes_after_the_job_and_after_a_reload(page, workflow
     assert page.errors == []
 
 
+@pytest.mark.parametrize("page", [(look, WORKFLOWS[0]) for look in LOOKS], ids=LOOKS, indirect=True)
+def test_the_sentence_of_a_refusal_is_shown_until_the_next_job(page, url):
+    """On the node; and for a node in a blueprint in a message."""
+    concept = "app.graph.nodes.find(n => n.type === 'LEDITS_SemanticConcept').widgets.find(w => w.name === 'prompt')"
+    said = f"{WORDS}.filter(([type]) => type === 'LEDITS_SemanticConcept').map(([, text]) => text)"
+    kept = page.run(f"{concept}.value")
+    page.run(f"{concept}.value = ''")
+    refused(page)
+    assert page.wait(f"{said}.length && {said}", 20)[0].startswith("The concept is empty: write")
+    page.screenshot(SHOTS / f"refused, {page.look}.png")
+    page.run(f"{concept}.value = {json.dumps(kept)}")
+    run(page)
+    page.wait(f"{said}.length === 0", 20)
+
+    blueprint = next(path for path in BLUEPRINTS if path.stem.startswith("Edit a Picture"))
+    page.run(f"app.loadGraphData({blueprint.read_text('utf-8')}, true, true, null).then(() => new Promise(d => setTimeout(d, 1500)))")
+    page.run("""(() => {
+        const [edit] = app.graph.nodes;
+        const [model, picture, shown] = ['LEDITS_LoadDemoModel', 'LEDITS_LoadDemoPicture', 'PreviewImage'].map(type => {
+            const node = LiteGraph.createNode(type); app.graph.add(node); return node; });
+        for (const k of [0, 1, 2]) model.connect(k, edit, k);
+        picture.connect(0, edit, 3);
+        edit.connect(0, shown, 0);
+        for (const w of edit.widgets) if (['source', 'target'].includes(w.name)) w.value = 'a red star';
+    })()""")
+    refused(page)
+    page.wait("document.body.innerText.includes('source and target prompt have the same words')", 20)
+    assert page.errors == []
+
+
+def refused(page):
+    page.run("delete app.__ended; app.api.addEventListener('execution_error', e => app.__ended = e.detail, {once: true});"
+             " app.queuePrompt(0).then(() => 0)")
+    page.wait("app.__ended", 120)
+
+
 def overlaps(boxes):
     """The titles of nodes that cover each other."""
     return [(a[0], b[0]) for a, b in itertools.combinations(boxes, 2)

@@ -1,10 +1,13 @@
 /**
- * The words of the last job, on the nodes of this pack: how many steps ran, where a file went.
+ * The words of the last job, on the nodes of this pack: how many steps ran, where a file went, why it was refused.
  *
  * ComfyUI shows words while a node works; its newest frontends take them away when the job is over, all of them when the
  * page is loaded again. What a node said is in the server's history of jobs (nodes/feedback.py), beside the id of the
  * workflow that was run. So: when a job ends, its entry is fetched and shown; when a workflow is loaded, the entries
  * with its id. No words of a job that ran in another tab get onto a node with the same number.
+ *
+ * Of an error ComfyUI shows at first only that there was one. Its sentence says what to do, so that it is shown on the node
+ * that refused until the next job of the workflow; of a node in a subgraph, which nobody sees, in a message as well.
  *
  * The widget is the node's last one and is not serialized: neither a saved workflow nor a prompt knows it.
  */
@@ -16,7 +19,7 @@ const LINE = 15;
 const FONT = "11px Inter, Arial, sans-serif";
 const JOBS = 64; // that are looked through for a workflow that was loaded
 
-/** Workflow id -> Map of node (its path of ids, such as "3" or "12:5") -> {type, text}. */
+/** Workflow id -> Map of node (its path of ids, such as "3" or "12:5") -> {type, text, refused}. */
 const known = new Map();
 
 const pen = document.createElement("canvas").getContext("2d");
@@ -40,8 +43,16 @@ function said(entry) {
     const text = (output?.ledits_words ?? output?.text)?.join("\n");
     if (type?.startsWith("LEDITS_") && text) found.set(path, { type, text });
   }
+  const [, error] = entry.status?.messages?.findLast(([event]) => event === "execution_error") ?? [];
+  if (error?.node_type.startsWith("LEDITS_") && error.exception_message) {
+    const text = error.exception_message.trim();
+    found.set(String(error.node_id), { type: error.node_type, text, refused: true });
+  }
   return found;
 }
+
+/** The words after a job: those before it, but for what was refused then, and its own. */
+const merged = (before, job) => new Map([...[...before].filter(([, words]) => !words.refused), ...job]);
 
 const workflowOf = (entry) => entry.prompt[3]?.extra_pnginfo?.workflow?.id;
 
@@ -63,9 +74,10 @@ async function entryOf(job) {
 async function lastOf(workflow) {
   if (!known.has(workflow)) {
     const entries = Object.values(await history(`?max_items=${JOBS}`)).filter((made) => workflowOf(made) === workflow);
-    const words = entries.sort((a, b) => a.prompt[0] - b.prompt[0]).flatMap((entry) => [...said(entry)]);
+    const jobs = entries.sort((a, b) => a.prompt[0] - b.prompt[0]).map(said);
     // a job of this page may have ended meanwhile, and is newer
-    known.set(workflow, new Map([...words, ...(known.get(workflow) ?? [])]));
+    if (known.has(workflow)) jobs.push(known.get(workflow));
+    known.set(workflow, jobs.reduce(merged, new Map()));
   }
   return known.get(workflow);
 }
@@ -130,9 +142,19 @@ async function ended({ detail }) {
   const entry = await entryOf(detail.prompt_id);
   const workflow = entry && workflowOf(entry);
   if (!workflow) return;
-  const words = new Map([...(known.get(workflow) ?? []), ...said(entry)]);
+  const before = known.get(workflow) ?? new Map();
+  const job = said(entry);
+  const words = merged(before, job);
   known.set(workflow, words);
-  if (root().id === workflow) show(words);
+  if (root().id !== workflow) return;
+  for (const [path, { refused }] of before) {
+    const node = refused && !words.has(path) && nodeAt(path);
+    if (node) remove(node, (widget) => widget.name === WIDGET);
+  }
+  show(words);
+  for (const [path, { text, refused }] of job)
+    if (refused && path.includes(":"))
+      app.extensionManager.toast.add({ severity: "error", summary: nodeAt(path.split(":")[0])?.title, detail: text, life: 20000 });
 }
 
 app.registerExtension({
