@@ -115,8 +115,8 @@ def references(bench):
         return bench.methods(latent)["Direct"]()
 
     def our_p2p():
-        path = inverted(direct)
-        return rows_of(path) + decoded(bench.edit(path.result[0], skip=0, concepts=(), attention=(bench.prompt_to_prompt(0.4, 0.6),)))
+        path, control = inverted(direct), (bench.prompt_to_prompt(0.4, 0.6),)
+        return rows_of(path) + decoded(bench.edit(path.result[0], skip=0, concepts=(), attention=control))
 
     def our_masactrl():
         path = inverted(lambda latent: bench.methods(latent)["DDIM"]())

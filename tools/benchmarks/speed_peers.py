@@ -123,6 +123,8 @@ STAND_INS = {
     "cv2": (), "IPython": (), "IPython.display": ("display",), "pytorch_lightning": ("seed_everything",),
 }
 
+PACKAGES = ("utils", "models", "masactrl", "ddm_inversion", "prompt_to_prompt")  # of the checkouts
+
 
 @contextlib.contextmanager
 def imported(folder):
@@ -146,7 +148,7 @@ def imported(folder):
     finally:
         sys.path.remove(str(folder))
         for name in set(sys.modules) - before:
-            if getattr(sys.modules[name], "is_stand_in", False) or name.split(".")[0] in ("utils", "models", "masactrl", "ddm_inversion", "prompt_to_prompt"):
+            if getattr(sys.modules[name], "is_stand_in", False) or name.split(".")[0] in PACKAGES:
                 del sys.modules[name]
         sys.modules.update(hidden)
 
