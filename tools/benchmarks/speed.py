@@ -1,7 +1,7 @@
 """What editing costs: seconds and memory of this pack beside the bare network, plain sampling, and other people's code.
 
     python dev.py bench [CASE ...] [--model demo|demo-flow|tiny|sd15|flux|CHECKPOINT] [--steps 50] [--repeat 5] [--quick]
-                        [--reference FOLDER ...] [--json FILE] [--report [FILE]]
+                        [--reference FOLDER ...] [--json FILE] [--report [FILE]] [--only MODEL]
 
 The two sides of a ratio are measured in one process, in turns (A B A B ...), and given as medians; nothing is asserted.
 Memory is measured in a fresh process for each side. A new comparison is one function in `speed_cases.CASES`. --report
@@ -29,6 +29,7 @@ def parse(arguments):
     parser.add_argument("--reference", type=Path, action="append", help="a checkout of the authors' code, to measure beside")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     parser.add_argument("--report", type=Path, nargs="?", const=speed_report.PAGE, help="write docs/performance.md, or FILE")
+    parser.add_argument("--only", action="append", metavar="MODEL", help="with --report: the parts of this model alone")
     parser.add_argument("--measure", choices=MEMORY, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     options.steps = options.steps or (6 if options.quick else 50)

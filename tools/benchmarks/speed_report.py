@@ -22,43 +22,49 @@ PLAN = (
 )
 HEAD = """# Performance
 
-Written by `python dev.py bench --report` on {date}: {machine}; ComfyUI {comfyui}, diffusers {diffusers}.
+Written by `python dev.py bench --report`: a part for each model, with the day and the machine it was measured on.
 
 The two sides of a line are measured in one process, in turns, and given as medians; memory is that of a fresh process for each side.
 A ratio tells more than its seconds: it is of one machine and one run. "Rows" are pictures x predictions that the network is given.
-{missing}"""
+"""
 
 
 def write(options, run, machine):
-    """Measure PLAN with `run(options)` and write the page to `options.report`.
+    """Measure PLAN with `run(options)` and write the page to `options.report`; parts that are not measured stay as they are.
 
-    With --quick everything is measured once, with few steps; with cases or a model named, only those parts of the plan.
+    With --quick everything is measured once, with few steps, at demo size; with cases named, only the parts that have them.
     """
-    import comfyui_version
-    import torch
-
-    missing = "" if torch.cuda.is_available() else "\nNo GPU has been measured: `bench --report` writes the same page on one.\n"
-    parts = [HEAD.format(date=datetime.date.today(), machine=machine, comfyui=comfyui_version.__version__,
-                         diffusers=importlib.metadata.version("diffusers"), missing=missing)]
+    parts = _parts(options.report)
     for title, model, size, steps, repeat, cases in PLAN:
         cases = [case for case in cases if not options.cases or case in options.cases]
         if "references" in cases and not options.reference:
             continue
-        if not cases or options.quick and model in ("sd15", "flux"):
+        if not cases or options.quick and model in ("sd15", "flux") or options.only and model not in options.only:
             continue
         say(f"\n== {title}")
         own = copy.copy(options)
         own.model, own.size, own.cases = model, size, cases
         own.steps, own.repeat = (2, 1) if options.quick else (steps, repeat)
-        parts.append(section(title, own, run(own)))
-        options.report.write_text("\n".join(parts), "utf-8")  # after each part: the whole takes most of an hour on a CPU
+        parts[title] = section(title, own, run(own), machine)
+        known = [title for title, *_ in PLAN if title in parts]  # those of an earlier plan go
+        options.report.write_text("\n".join([HEAD, *(parts[title] for title in known)]), "utf-8")
     say(f"\nwrote {options.report}")
 
 
-def section(title, options, lines):
+def _parts(page):
+    """{title: text} of the parts that the page has."""
+    text = page.read_text("utf-8") if page.is_file() else ""
+    return {part.split("\n", 1)[0]: f"## {part.rstrip()}\n" for part in text.split("\n## ")[1:]}
+
+
+def section(title, options, lines, machine):
     """One part of the page."""
+    import comfyui_version
+
     times = "once" if options.repeat == 1 else f"medians of {options.repeat}"
-    out = [f"## {title}", "", f"{options.steps} steps, {times}."]
+    made = f"{datetime.date.today()}, {machine}, ComfyUI {comfyui_version.__version__}, "
+    made += f"diffusers {importlib.metadata.version('diffusers')}"
+    out = [f"## {title}", "", f"{options.steps} steps, {times}; {made}."]
     shown = None
     for line in lines:
         if line["title"] != shown:
