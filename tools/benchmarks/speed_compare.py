@@ -109,22 +109,21 @@ def references(bench):
 
     def decoded(output):
         bench.vae.decode(output.result[0]["samples"])
-        return rows_of(output)
 
     def direct(latent):
         return bench.methods(latent)["Direct"]()
 
     def our_p2p():
         path, control = inverted(direct), (bench.prompt_to_prompt(0.4, 0.6),)
-        return rows_of(path) + decoded(bench.edit(path.result[0], skip=0, concepts=(), attention=control))
+        decoded(bench.edit(path.result[0], skip=0, concepts=(), attention=control))
 
     def our_masactrl():
         path = inverted(lambda latent: bench.methods(latent)["DDIM"]())
-        return rows_of(path) + decoded(bench.edit(path.result[0], skip=0, concepts=(), attention=(bench.masactrl(),)))
+        decoded(bench.edit(path.result[0], skip=0, concepts=(), attention=(bench.masactrl(),)))
 
     def our_edit_friendly():
         path = inverted(lambda latent: bench.invert(latent=latent))
-        return rows_of(path) + decoded(bench.edit(path.result[0], cfg=15.0, concepts=()))
+        decoded(bench.edit(path.result[0], cfg=15.0, concepts=()))
 
     ours = {"PnPInversion": our_p2p, "MasaCtrl": our_masactrl, "DDPM_inversion": our_edit_friendly}
     what = {"PnPInversion": "Direct Inversion and P2P", "MasaCtrl": "DDIM inversion and MasaCtrl",
@@ -138,6 +137,8 @@ def references(bench):
         def theirs(run=run):
             return run(picture, bench.SOURCE, bench.TARGET)
 
-        note = f"{ours[name]()} rows, {speed_peers.count(network, theirs)} rows; commit {speed_peers.commit(folder)}"
-        t = bench.times(ours=ours[name], theirs=theirs)
+        bare, rows = bench.bare(ours[name])
+        note = f"{rows} rows, {speed_peers.count(network, theirs)} rows; commit {speed_peers.commit(folder)}"
+        t = bench.times(ours=ours[name], theirs=theirs, bare=bare)
         yield row(what[name], "this pack", name, t["ours"], t["theirs"], note=note)
+        yield row("of it the bare network", "this pack", "bare U-Net", t["ours"], t["bare"])

@@ -217,11 +217,10 @@ def edit_friendly(folder, device, steps):
     from diffusers import DDIMScheduler
 
     vae, unet, text, tokenizer = parts(device)
-    unet.in_channels = unet.config.in_channels
-    unet.sample_size = 64
+    called = SimpleNamespace(forward=lambda *args, **kwargs: unet(*args, **kwargs), in_channels=4, sample_size=64)
     scheduler = DDIMScheduler(**BETAS, prediction_type="epsilon", clip_sample=False, set_alpha_to_one=False)
     scheduler.set_timesteps(steps)
-    model = SimpleNamespace(unet=unet, text_encoder=text, tokenizer=tokenizer, scheduler=scheduler, device=device)
+    model = SimpleNamespace(unet=called, text_encoder=text, tokenizer=tokenizer, scheduler=scheduler, device=device)
     skip = round(0.36 * steps)
 
     def run(picture, source, target):

@@ -6,6 +6,7 @@ import importlib.metadata
 from pathlib import Path
 
 from .speed_lines import say
+from .speed_peers import REFERENCES, known
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "performance.md"
 # Title; model, side of the latents, steps, repetitions; cases. Full width is slow on a CPU: few steps, few repetitions.
@@ -14,7 +15,7 @@ PLAN = (
      ("inversion", "batches", "methods", "overhead", "attention", "second_edits", "growth", "memory", "start", "records")),
     ("Demo size, flow model", "demo-flow", None, 30, 3, ("inversion", "overhead", "attention", "second_edits")),
     ("Beside diffusers, demo weights", "demo", None, 30, 3, ("leditspp", "sega")),
-    ("Beside the authors' code, demo weights", "demo", None, 3, 1, ("references",)),
+    *((f"Beside {name}, demo weights", "demo", None, 3, 1, (name,)) for name in REFERENCES),
     ("SD 1.5's full width, random weights, latents 64 x 64", "sd15", 64, 2, 1,
      ("inversion", "overhead", "attention", "store_memory")),
     ("Flux.1's blocks at full width (2 double, 4 single), random weights, latents 32 x 32", "flux", 32, 4, 1,
@@ -26,6 +27,9 @@ Written by `python dev.py bench --report`: a part for each model, with the day a
 
 The two sides of a line are measured in one process, in turns, and given as medians; memory is that of a fresh process for each side.
 A ratio tells more than its seconds: it is of one machine and one run. "Rows" are pictures x predictions that the network is given.
+
+On a CPU ComfyUI computes attention in slices and asks for the free memory before each call of it; that belongs to its bare network, and is
+told apart where another library's network stands beside it. A record is read whole: its checksum is tested before any of its numbers are used.
 """
 
 
@@ -34,20 +38,22 @@ def write(options, run, machine):
 
     With --quick everything is measured once, with few steps, at demo size; with cases named, only the parts that have them.
     """
-    parts = _parts(options.report)
+    parts, brought = _parts(options.report), {known(folder): folder for folder in options.reference or ()}
     for title, model, size, steps, repeat, cases in PLAN:
+        own = copy.copy(options)
+        if cases[0] in REFERENCES:
+            if cases[0] not in brought:
+                continue
+            own.reference, cases = [brought[cases[0]]], ("references",)
         cases = [case for case in cases if not options.cases or case in options.cases]
-        if "references" in cases and not options.reference:
-            continue
         if not cases or options.quick and model in ("sd15", "flux") or options.only and model not in options.only:
             continue
         say(f"\n== {title}")
-        own = copy.copy(options)
         own.model, own.size, own.cases = model, size, cases
         own.steps, own.repeat = (2, 1) if options.quick else (steps, repeat)
         parts[title] = section(title, own, run(own), machine)
-        known = [title for title, *_ in PLAN if title in parts]  # those of an earlier plan go
-        options.report.write_text("\n".join([HEAD, *(parts[title] for title in known)]), "utf-8")
+        kept = [parts[title] for title, *_ in PLAN if title in parts]  # those of an earlier plan go
+        options.report.write_text("\n".join([HEAD, *kept]), "utf-8")
     say(f"\nwrote {options.report}")
 
 
