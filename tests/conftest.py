@@ -28,6 +28,7 @@ def import_pack():
     spec.loader.exec_module(module)
 
 
+pytest_plugins = ["support.clones"]
 COMFYUI = comfyui_folder()
 sys.path.insert(0, str(COMFYUI))  # first in line: ComfyUI's nodes.py and the pack's nodes/ have one name
 import_pack()
