@@ -88,7 +88,7 @@ class ConceptMaps:
         for index, columns, encoded, conds, rows in self._mine(call):
             self.backbone.check(call, conds)
             call.check_words()
-            places = tuple(t.to(q.device) for t in self.backbone.positions(len(columns), encoded, call.others))
+            places = self.backbone.positions(len(columns), encoded, call.others)
             keys = torch.cat([call.words(rows)[0], k[rows][:, call.image]], 1)
             share = joint_attend.shares(q[rows][:, call.image], keys, columns[:, None], places, call, rows)
             self._keep(index, call, share[..., 0])

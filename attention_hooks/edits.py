@@ -82,15 +82,18 @@ class CrossEdit:
         matrix: float32 [source tokens, target tokens], or None where no source attention is used.
         own: float32 [target tokens], or None where nothing of the target's own attention stays.
         factors: float32 [target tokens], or None for ones.
+        whole: whether the mix sums to 1 before the factors, as it stands (`matrix` alone, of rows that sum to 1).
     """
 
     matrix: torch.Tensor | None
     own: torch.Tensor | None
     factors: torch.Tensor | None = None
+    whole: bool = False
 
     def of(self, change: Callable) -> "CrossEdit":
         """With every tensor changed."""
-        return CrossEdit(*(None if part is None else change(part) for part in (self.matrix, self.own, self.factors)))
+        parts = (None if part is None else change(part) for part in (self.matrix, self.own, self.factors))
+        return CrossEdit(*parts, whole=self.whole)
 
     def folded(self) -> "CrossEdit":
         """With the factors in the two others."""

@@ -21,7 +21,8 @@ class Words:
 
     Attributes:
         edit: the `CrossEdit`.
-        source, target: `Joint.positions` of the source's (None where nothing of it is used) and the target's other tokens.
+        source, target: `Joint.positions` of the source's (None where nothing of it is used) and the target's other tokens;
+            on the CPU, so that a GPU need not be waited for to count them.
         fetch: `name -> the source's` [B, tokens, heads, width].
     """
 
@@ -84,13 +85,15 @@ class EditedWords:
         at = self._at[self._mine]
         self._factors = None if edit.factors is None else edit.factors[at]
         self._own = None if edit.own is None else edit.own[at]
-        self._matrix = None
+        self._matrix, self._whole = None, False
         self._keys, self._values, self._zero = keys[:, self._mine], values[:, self._mine], torch.zeros_like(values)
         if edit.matrix is not None:
             source_at, source_copy = words.source
             theirs = source_at >= 0
             alike = source_copy[theirs][:, None] == copy[self._mine]
             self._matrix = edit.matrix[source_at[theirs]][:, at] * alike.to(values)
+            # every word of the target is seen, and once
+            self._whole = edit.whole and len(at) == edit.matrix.shape[1] and not copy.any()
             self._source_q, self._source_keys = words.fetch("q").to(keys), words.fetch("t").to(keys)[:, theirs]
 
     def __call__(self, q, k, v, rows):
@@ -121,8 +124,11 @@ class EditedWords:
         if self._factors is not None:
             values = values * self._factors[:, None, None]
         share = self._call.picture(q, k, torch.zeros_like(v), rows, values=self._with_words(rows, 1), plain=True)[..., :1]
+        mix = self._mix(q, its, values)
+        if self._whole:
+            return mix, share
         total = self._mix(q, its, torch.ones_like(values))[..., :1]
-        return self._mix(q, its, values) / total.clamp(min=torch.finfo(total.dtype).tiny), share
+        return mix / total.clamp(min=torch.finfo(total.dtype).tiny), share
 
     def _mix(self, q, its, values):
         """`sum_j (P_source M + P_target own)_j values_j`, with shares among the words."""

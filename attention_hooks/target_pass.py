@@ -223,7 +223,7 @@ class TargetPass:
             return self.backbone.turn(tensor, call.image.start - there) if turned and name in "qk" else tensor
 
         words = {}
-        positions = self._positions(layer, call, self.targets[call.uuids[edited[0]]], q.device) if edited else None
+        positions = self._positions(layer, call, self.targets[call.uuids[edited[0]]]) if edited else None
         as_it_was = functools.partial(fetch, SOURCE, turned=False)
         for c in edited if edit is not None else ():
             words[c] = joint_attend.Words(edit=edit.of(usable), source=positions[0], target=positions[1], fetch=as_it_was)
@@ -234,7 +234,7 @@ class TargetPass:
             bound.see_maps(self._step, layer, call.grid, *(m.detach() for m in seen))
         return joint_attend.joint_attention(q, k, v, edits, words, fetch, call)
 
-    def _positions(self, layer: Layer, call: JointCall, encoded: int, device):
+    def _positions(self, layer: Layer, call: JointCall, encoded: int):
         """Where the words of the two prompts are among a layer's other tokens: (source or None, target) of
         `Joint.positions`.
 
@@ -247,7 +247,7 @@ class TargetPass:
         if slot in self.plan.at(self._step).reads:
             there = self.source.shape_of(self._step, slot)[1]
             source = self.backbone.positions(len(prompts.source_tokens), self.source.words(SOURCE).shape[1], there)
-        return tuple(found and tuple(t.to(device) for t in found) for found in (source, target))
+        return source, target
 
     def _feature(self, block: Layer, h, call: NetworkCall):
         if self._untouched(call):

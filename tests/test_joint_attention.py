@@ -1,6 +1,7 @@
 """Attention control on transformers of flow models, in every block, against explicit matrices over words and picture."""
 import pytest
 import torch
+from comfyui_ledits.attention_hooks.backbones.calls import JointCall
 from comfyui_ledits.attention_hooks.controls.copy_attention import CopyAttention
 from comfyui_ledits.attention_hooks.controls.masactrl import MasaCtrl
 from comfyui_ledits.attention_hooks.controls.p2p import PromptToPrompt
@@ -105,6 +106,17 @@ def test_prompt_to_prompt(kind, share, monkeypatch):
     words = flow_editing.prompts(kind, *WORDS, share=share)
     monkeypatch.setattr(flow_editing, "prompts", lambda *args: words)
     check(kind, lambda words: PromptToPrompt(prompts=words, cross=EVERY, self_=(0, 0)), mixed(words))
+
+
+def test_a_swap_of_words_sums_over_them_once(monkeypatch):
+    """Where all shares come from the source they sum to 1 already; a sum to divide by is needed where some stay own."""
+    path, seen, alone = flow_editing.path("flux"), [], JointCall.alone
+    monkeypatch.setattr(JointCall, "alone", lambda self, *args: seen.append(self) or alone(self, *args))
+    for share, sums in ((1.0, 1), (0.5, 4)):
+        seen.clear()
+        words = flow_editing.prompts("flux", *WORDS, share=share)
+        flow_editing.edit("flux", path, words, [PromptToPrompt(prompts=words, cross=EVERY, self_=(0, 0))])
+        assert len(seen) == sums * len(set(map(id, seen)))
 
 
 @pytest.mark.parametrize("kind", WITH_WORDS)

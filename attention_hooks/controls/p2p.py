@@ -92,7 +92,8 @@ class PromptToPromptRun(Bound):
         factors = torch.where(alpha, self.factors, 1.0)
         parts = self.matrix * alpha, self.own * alpha + (~alpha).float(), factors
         used = (*(part.any() for part in parts[:2]), (factors != 1).any())
-        return CrossEdit(*(part.to(self.device) if is_used else None for part, is_used in zip(parts, used)))
+        whole = not used[1] and bool((parts[0].sum(1) - 1).abs().max() < 1e-6)
+        return CrossEdit(*(part.to(self.device) if is_used else None for part, is_used in zip(parts, used)), whole=whole)
 
     def word_maps(self, step, layer):
         return None if self.blend is None else self.blend.word_maps(layer)
