@@ -4,7 +4,8 @@ import re
 import sys
 
 import pytest
-from comfyui_ledits.tools.benchmarks import speed, speed_peers
+import torch
+from comfyui_ledits.tools.benchmarks import speed, speed_checkouts, speed_models, speed_references
 
 
 @pytest.fixture(autouse=True)
@@ -15,7 +16,7 @@ def prepared(monkeypatch):
 
 @pytest.mark.parametrize("model", ["tiny", "demo", "demo-flow"])
 def test_cases_give_lines(model, tmp_path):
-    cases = ["inversion", "second_edits", "growth"]
+    cases = ["inversion", "second_edits", "growth", "attention_kinds"]
     speed.main([*cases, "--model", model, "--quick", "--steps", "2", "--json", str(tmp_path / "numbers.json")])
     written = json.loads((tmp_path / "numbers.json").read_text("utf-8"))
     assert {row["case"] for row in written["rows"]} == set(cases) and written["model"] == model
@@ -38,17 +39,27 @@ def test_the_page_holds_what_was_measured(tmp_path):
 
 def test_what_is_no_checkout_of_a_reference_is_refused(tmp_path):
     with pytest.raises(SystemExit, match="no checkout of PnPInversion"):
-        speed_peers.known(tmp_path)
+        speed_references.known(tmp_path)
     (tmp_path / "masactrl").mkdir()
     (tmp_path / "masactrl" / "masactrl_utils.py").touch()
-    assert speed_peers.known(tmp_path) == "MasaCtrl"
+    assert speed_references.known(tmp_path) == "MasaCtrl"
 
 
 def test_a_checkout_s_packages_come_first_and_go_again(tmp_path):
     (tmp_path / "utils").mkdir()
     (tmp_path / "utils" / "own.py").write_text("import matplotlib.pyplot\nname = __file__\n", "utf-8")
     before = sys.modules.get("utils")
-    with speed_peers.imported(tmp_path):
+    with speed_checkouts.imported(tmp_path):
         from utils.own import name
     assert name.startswith(str(tmp_path)) and "utils.own" not in sys.modules and sys.modules.get("utils") is before
     assert str(tmp_path) not in sys.path
+
+
+def test_the_authors_code_gets_the_weights_that_this_pack_runs_on():
+    model = speed_models.random_model(speed_models.SMALL)
+    x, t, words = torch.randn(2, 4, 16, 16), torch.tensor([20.0, 700.0]), torch.randn(2, 77, speed_models.SMALL["context_dim"])
+    with torch.no_grad():
+        theirs = speed_models.diffusers_unet(model)(x, t, encoder_hidden_states=words).sample
+        ours = model.model.diffusion_model(x, t, context=words)
+    assert theirs.std() > 1e-3
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)

@@ -1,6 +1,6 @@
 """What editing costs: seconds and memory of this pack beside the bare network, plain sampling, and other people's code.
 
-    python dev.py bench [CASE ...] [--model demo|demo-flow|tiny|sd15|flux|CHECKPOINT] [--steps 50] [--repeat 5] [--quick]
+    python dev.py bench [CASE ...] [--model demo|demo-flow|tiny|small|sd15|flux|CHECKPOINT] [--steps 50] [--repeat 5] [--quick]
                         [--reference FOLDER ...] [--json FILE] [--report [FILE]] [--only MODEL]
 
 The two sides of a ratio are measured in one process, in turns (A B A B ...), and given as medians; nothing is asserted.
@@ -21,7 +21,7 @@ from .speed_memory import MEMORY, measure
 def parse(arguments):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", metavar="CASE", help="; ".join(f"{c.__name__}: {c.__doc__}" for c in CASES))
-    parser.add_argument("--model", default="demo", help="demo, demo-flow, a checkpoint file, or random weights: tiny, sd15, flux")
+    parser.add_argument("--model", default="demo", help="demo, demo-flow, a checkpoint file, or random weights: tiny, small, sd15, flux")
     parser.add_argument("--size", type=int, help="height and width of the latents, instead of the model's own")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--repeat", type=int, help="how often each side is measured")

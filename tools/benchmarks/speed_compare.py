@@ -14,7 +14,7 @@ def _missing(bench):
     return True
 
 
-def _picture(seed=3, side=128):
+def drawn(seed=3, side=128):
     """A demo picture, uint8 [side, side, 3]."""
     import numpy as np
 
@@ -30,7 +30,7 @@ def leditspp(bench):
         return
     import torch
 
-    picture = torch.from_numpy(_picture())[None].float() / 255
+    picture = torch.from_numpy(drawn())[None].float() / 255
     theirs, image = speed_peers.leditspp(bench.model.load_device), picture.movedim(-1, 1)
     state = {}
 
@@ -61,9 +61,18 @@ def leditspp(bench):
         t = bench.times(ours=ours, theirs=other)
         yield row(f"LEDITS++ {name}, autoencoder and text included", "this pack", "diffusers", t["ours"], t["theirs"],
                   note=note)
+    yield bare_networks(bench, our_edit, theirs.unet, their_edit)
+    with bench.pytorch_attention():
+        t = bench.times(ours=our_edit, theirs=their_edit)
+        yield row("LEDITS++ edit, PyTorch's attention in both", "this pack", "diffusers", t["ours"], t["theirs"])
+        yield bare_networks(bench, our_edit, theirs.unet, their_edit)
+
+
+def bare_networks(bench, our_edit, network, their_edit):
+    """The line of the two networks' calls alone."""
     ours, rows = bench.bare(our_edit)
-    t = bench.times(ours=ours, theirs=speed_peers.bare(theirs.unet, their_edit))
-    yield row("the bare networks of the edit", "ComfyUI's", "diffusers'", t["ours"], t["theirs"], note=f"{rows} rows")
+    t = bench.times(ours=ours, theirs=speed_peers.bare(network, their_edit))
+    return row("of it the bare networks", "ComfyUI's", "diffusers'", t["ours"], t["theirs"], note=f"{rows} rows")
 
 
 def sega(bench):
@@ -89,56 +98,6 @@ def sega(bench):
     note = f"{rows_of(our_edit())} rows, {speed_peers.count(theirs.unet, their_edit)} rows"
     t = bench.times(ours=our_edit, theirs=their_edit)
     yield row("SEGA, autoencoder and text included", "this pack", "diffusers", t["ours"], t["theirs"], note=note)
-
-
-def references(bench):
-    """the authors' code (--reference FOLDER) on the demo weights, one picture of 512 x 512, inversion and edit together"""
-    if not bench.options.reference:
-        say("  left out: it needs --reference FOLDER, a checkout of " + ", ".join(speed_peers.REFERENCES))
-        return
-    if _missing(bench):
-        return
-    import torch
-
-    picture = _picture(side=512)
-    image = torch.from_numpy(picture)[None].float() / 255
-
-    def inverted(method):
-        bench.conds.clear()
-        return method({"samples": bench.vae.encode(image)})
-
-    def decoded(output):
-        bench.vae.decode(output.result[0]["samples"])
-
-    def direct(latent):
-        return bench.methods(latent)["Direct"]()
-
-    def our_p2p():
-        path, control = inverted(direct), (bench.prompt_to_prompt(0.4, 0.6),)
-        decoded(bench.edit(path.result[0], skip=0, concepts=(), attention=control))
-
-    def our_masactrl():
-        path = inverted(lambda latent: bench.methods(latent)["DDIM"]())
-        decoded(bench.edit(path.result[0], skip=0, concepts=(), attention=(bench.masactrl(),)))
-
-    def our_edit_friendly():
-        path = inverted(lambda latent: bench.invert(latent=latent))
-        decoded(bench.edit(path.result[0], cfg=15.0, concepts=()))
-
-    ours = {"PnPInversion": our_p2p, "MasaCtrl": our_masactrl, "DDPM_inversion": our_edit_friendly}
-    what = {"PnPInversion": "Direct Inversion and P2P", "MasaCtrl": "DDIM inversion and MasaCtrl",
-            "DDPM_inversion": "edit-friendly inversion and edit"}
-    for folder in bench.options.reference:
-        name = speed_peers.known(folder)
-        with speed_peers.imported(folder):
-            run, network = speed_peers.REFERENCES[name][1](folder, bench.model.load_device, bench.steps)
-        run = speed_peers.quiet(run)
-
-        def theirs(run=run):
-            return run(picture, bench.SOURCE, bench.TARGET)
-
-        bare, rows = bench.bare(ours[name])
-        note = f"{rows} rows, {speed_peers.count(network, theirs)} rows; commit {speed_peers.commit(folder)}"
-        t = bench.times(ours=ours[name], theirs=theirs, bare=bare)
-        yield row(what[name], "this pack", name, t["ours"], t["theirs"], note=note)
-        yield row("of it the bare network", "this pack", "bare U-Net", t["ours"], t["bare"])
+    with bench.pytorch_attention():
+        t = bench.times(ours=our_edit, theirs=their_edit)
+        yield row("SEGA, PyTorch's attention in both", "this pack", "diffusers", t["ours"], t["theirs"])

@@ -13,6 +13,7 @@ SD15 = TINY | {
     "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0], "transformer_depth_output": [1] * 9 + [0] * 3, "context_dim": 768,
     "num_heads": 8,
 }
+SMALL = SD15 | {"model_channels": 64, "context_dim": 128}  # its levels and blocks, at a fifth of the width
 
 
 def random_model(unet):
@@ -21,6 +22,21 @@ def random_model(unet):
     import comfy.supported_models
 
     return _random(comfy.model_base.BaseModel(comfy.supported_models.SD15({**unet, "dtype": _float32()})))
+
+
+def diffusers_unet(model):
+    """The same U-Net, of `SMALL`, in diffusers' class."""
+    import comfy.utils
+    from diffusers import UNet2DConditionModel
+
+    widths, cross = [SMALL["model_channels"] * m for m in SMALL["channel_mult"]], ("CrossAttnDownBlock2D",) * 3
+    unet = UNet2DConditionModel(
+        block_out_channels=widths, layers_per_block=2, attention_head_dim=SMALL["num_heads"],
+        cross_attention_dim=SMALL["context_dim"], down_block_types=(*cross, "DownBlock2D"),
+        up_block_types=("UpBlock2D", *(name.replace("Down", "Up") for name in cross)))
+    own, stored = unet.state_dict(), model.model.diffusion_model.state_dict()
+    unet.load_state_dict({to: stored[key] for to, key in comfy.utils.unet_to_diffusers(dict(SMALL)).items() if to in own})
+    return unet.eval()
 
 
 def _float32():

@@ -6,18 +6,20 @@ import importlib.metadata
 from pathlib import Path
 
 from .speed_lines import say
-from .speed_peers import REFERENCES, known
+from .speed_references import REFERENCES, known
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "performance.md"
 # Title; model, side of the latents, steps, repetitions; cases. Full width is slow on a CPU: few steps, few repetitions.
 PLAN = (
     ("Demo size, Stable Diffusion", "demo", None, 30, 3,
-     ("inversion", "batches", "methods", "overhead", "attention", "second_edits", "growth", "memory", "start", "records")),
+     ("inversion", "batches", "methods", "overhead", "attention", "second_edits", "growth", "attention_kinds", "memory", "start",
+      "records")),
     ("Demo size, flow model", "demo-flow", None, 30, 3, ("inversion", "overhead", "attention", "second_edits")),
     ("Beside diffusers, demo weights", "demo", None, 30, 3, ("leditspp", "sega")),
-    *((f"Beside {name}, demo weights", "demo", None, 3, 1, (name,)) for name in REFERENCES),
+    *((f"Beside {name}, same weights", r.model, None, r.steps, 1, (name,)) for name, r in REFERENCES.items()),
     ("SD 1.5's full width, random weights, latents 64 x 64", "sd15", 64, 2, 1,
-     ("inversion", "overhead", "attention", "store_memory")),
+     ("inversion", "overhead", "attention", "attention_kinds", "store_memory")),
+    ("SD 1.5's full width, random weights, latents 96 x 96", "sd15", 96, 2, 1, ("overhead",)),
     ("Flux.1's blocks at full width (2 double, 4 single), random weights, latents 32 x 32", "flux", 32, 4, 1,
      ("inversion", "overhead", "attention", "joint_memory")),
 )
@@ -29,7 +31,9 @@ The two sides of a line are measured in one process, in turns, and given as medi
 A ratio tells more than its seconds: it is of one machine and one run. "Rows" are pictures x predictions that the network is given.
 
 On a CPU ComfyUI computes attention in slices and asks for the free memory before each call of it; that belongs to its bare network, and is
-told apart where another library's network stands beside it. A record is read whole: its checksum is tested before any of its numbers are used.
+told apart where another library's network stands beside it. Lines "with PyTorch's attention" are of ComfyUI as it is on an NVIDIA card, and
+on a CPU when it is started with `--use-pytorch-cross-attention`. A record is read whole: its checksum is tested before any of its numbers
+are used.
 """
 
 

@@ -21,7 +21,17 @@ def overhead(bench):
     for name, run in sides.items():
         bare, rows = bench.bare(run)
         t = bench.times(whole=run, bare=bare)
-        yield row(name, "whole", "bare U-Net", t["whole"], t["bare"], note=f"{rows} rows")
+        yield row(name, "whole", "bare network", t["whole"], t["bare"], note=f"{rows} rows")
+
+
+def attention_kinds(bench):
+    """a KSampler run with PyTorch's attention (--use-pytorch-cross-attention), beside ComfyUI as it starts"""
+    def pytorch():
+        with bench.pytorch_attention():
+            bench.ksampler()
+
+    t = bench.times(pytorch=pytorch, usual=bench.ksampler)
+    yield row("ComfyUI's KSampler, cfg", "PyTorch's", "as it starts", t["pytorch"], t["usual"])
 
 
 def methods(bench):
@@ -61,7 +71,7 @@ def attention(bench):
         bare, rows = bench.bare(run)
         t = bench.times(whole=run, bare=bare)
         more = f", with the inversion's {before + rows}" if before else ""
-        yield row(name, "whole", "bare U-Net", t["whole"], t["bare"], note=f"{rows} rows{more}")
+        yield row(name, "whole", "bare network", t["whole"], t["bare"], note=f"{rows} rows{more}")
 
 
 def second_edits(bench):

@@ -10,10 +10,11 @@ import time
 from pathlib import Path
 
 from .. import inside_comfyui
-from .speed_models import FLUX, SD15, TINY, RandomText, random_flux, random_model
+from .speed_models import FLUX, SD15, SMALL, TINY, RandomText, random_flux, random_model
 
 ROOT = Path(__file__).resolve().parents[2]
 CONCEPTS = ("star", "red")
+RANDOM = {"tiny": (TINY, 16), "small": (SMALL, 64), "sd15": (SD15, 64)}  # U-Nets, and the side of their latents
 SOURCE, TARGET = "a blue circle on a grey ground", "a blue heart on a grey ground"
 
 
@@ -46,9 +47,11 @@ class Bench:
         self.clip = self.vae = None
         self.wide = options.model in ("sd15", "flux")  # seconds a row on a CPU
         self.conds = {}  # prompts that are encoded already
-        if options.model in ("tiny", "sd15"):
-            unet, side = (TINY, 16) if options.model == "tiny" else (SD15, 64)
+        if options.model in RANDOM:
+            unet, side = RANDOM[options.model]
             self.model, self.clip = random_model(unet), RandomText(unet["context_dim"])
+            if options.model == "small":  # whose pictures are real ones
+                self.vae = loader.load()[2]
         elif options.model == "flux":
             self.model, self.clip, side = random_flux(), RandomText(FLUX["context_in_dim"], FLUX["vec_in_dim"]), 64
         elif options.model in ("demo", "demo-flow"):
@@ -58,7 +61,7 @@ class Bench:
             side = 64
         side = options.size or side
         self.shape = (self.model.model.latent_format.latent_channels, side, side)
-        self.cuda = torch.cuda.is_available()
+        self.cuda, self.device = torch.cuda.is_available(), self.model.load_device
 
     def cond(self, text):
         """CONDITIONING of a prompt; encoded once, as in a graph."""
@@ -97,6 +100,19 @@ class Bench:
             yield
         finally:
             self.shape = before
+
+    @contextlib.contextmanager
+    def pytorch_attention(self):
+        """PyTorch's attention meanwhile: ComfyUI's on an NVIDIA card, and elsewhere with --use-pytorch-cross-attention."""
+        from comfy.ldm.modules.attention import attention_pytorch
+
+        before, self.model = self.model, self.model.clone()
+        options = self.model.model_options["transformer_options"]
+        options["optimized_attention_override"] = lambda func, *args, **kwargs: attention_pytorch(*args, **kwargs)
+        try:
+            yield
+        finally:
+            self.model = before
 
     def methods(self, latent=None):
         """{name: a function that gives the NodeOutput of an inversion}, one for each method."""
@@ -141,6 +157,12 @@ class Bench:
         from ...attention_hooks.text.prompts import edit_prompts
 
         return MasaCtrl(prompts=edit_prompts(self.clip, SOURCE, TARGET))
+
+    def plug_and_play(self):
+        from ...attention_hooks.controls.pnp import PlugAndPlay
+        from ...attention_hooks.text.prompts import edit_prompts
+
+        return PlugAndPlay(prompts=edit_prompts(self.clip, SOURCE, TARGET))
 
     def capture(self, inversion, controls):
         """The NodeOutput of Capture Attention for an edit without skip."""
