@@ -30,23 +30,23 @@ STORES = ("P2P edit", "MasaCtrl edit")
 def memory(bench):
     """peak memory beside a KSampler run's (on the CPU of the whole process, with ComfyUI, torch and weights)"""
     sides = [side for side in MEMORY if side not in STORES]
-    yield from _memory(sides, bench.options.model, bench.steps)
+    yield from _memory(bench, sides, bench.options.model, bench.steps)
 
 
 def store_memory(bench):
     """the same of edits with the live attention store: U-Net of SD 1.5, random weights, latents 64 x 64, 2 steps"""
-    yield from _memory(("ksampler", *(STORES[:1] if bench.options.quick else STORES)), "sd15", 2)
+    yield from _memory(bench, ("ksampler", *(STORES[:1] if bench.options.quick else STORES)), "sd15", 2)
 
 
 def joint_memory(bench):
     """the same on Flux.1's blocks at full width, 2 double and 4 single ones, random weights, 512 px, 2 steps"""
-    yield from _memory(("ksampler", *(STORES[:1] if bench.options.quick else STORES)), "flux", 2)
+    yield from _memory(bench, ("ksampler", *(STORES[:1] if bench.options.quick else STORES)), "flux", 2)
 
 
-def _memory(sides, model, steps):
-    found = {}
+def _memory(bench, sides, model, steps):
+    found, how = {}, ["--pytorch-attention"] if bench.options.pytorch_attention else []
     for side in sides:
-        command = [sys.executable, RUN, "benchmarks.speed", "--measure", side, "--model", model, "--steps", steps]
+        command = [sys.executable, RUN, "benchmarks.speed", "--measure", side, "--model", model, "--steps", steps, *how]
         done = subprocess.run([str(c) for c in command], cwd=workbench.ROOT, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(f"The memory of '{side}' could not be measured:\n{done.stderr[-2000:]}")

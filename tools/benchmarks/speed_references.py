@@ -21,7 +21,7 @@ class Reference:
         what: inversion and edit in words.
         theirs: `bench -> (run(picture uint8 [512, 512, 3], source, target), network)`, while its modules can be imported.
         ours: `(bench, latent of the picture) -> the edit's NodeOutput`.
-        model, steps: of the benchmark.
+        model, steps, repeat: of the benchmark.
     """
 
     file: str
@@ -30,6 +30,7 @@ class Reference:
     ours: Callable
     model: str = "demo"
     steps: int = 3
+    repeat: int = 1
 
 
 def references(bench):
@@ -117,5 +118,5 @@ REFERENCES = {
         file="pnp_utils.py", what="DDIM inversion and Plug-and-Play", theirs=speed_authors.plug_and_play, model="small",
         ours=_edited("DDIM", lambda bench: bench.plug_and_play())),
     "FlowEdit": Reference(
-        file="FlowEdit_utils.py", what="FlowEdit", theirs=speed_authors.flowedit, ours=_our_flowedit, model="demo-flow", steps=28),
+        file="FlowEdit_utils.py", what="FlowEdit", theirs=speed_authors.flowedit, ours=_our_flowedit, model="demo-flow", steps=28, repeat=3),
 }

@@ -3,25 +3,44 @@
 import copy
 import datetime
 import importlib.metadata
+from dataclasses import dataclass
 from pathlib import Path
 
 from .speed_lines import say
 from .speed_references import REFERENCES, known
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "performance.md"
-# Title; model, side of the latents, steps, repetitions; cases. Full width is slow on a CPU: few steps, few repetitions.
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A part of the page: what `speed.parse` names, and the cases."""
+
+    title: str
+    cases: tuple
+    model: str
+    size: int | None = None
+    steps: int = 30
+    repeat: int = 3
+    pytorch_attention: bool = False
+
+
+# Full width is slow on a CPU: few steps, few repetitions.
 PLAN = (
-    ("Demo size, Stable Diffusion", "demo", None, 30, 3,
-     ("inversion", "batches", "methods", "overhead", "attention", "second_edits", "growth", "attention_kinds", "memory", "start",
-      "records")),
-    ("Demo size, flow model", "demo-flow", None, 30, 3, ("inversion", "overhead", "attention", "second_edits")),
-    ("Beside diffusers, demo weights", "demo", None, 30, 3, ("leditspp", "sega")),
-    *((f"Beside {name}, same weights", r.model, None, r.steps, 1, (name,)) for name, r in REFERENCES.items()),
-    ("SD 1.5's full width, random weights, latents 64 x 64", "sd15", 64, 2, 1,
-     ("inversion", "overhead", "attention", "attention_kinds", "store_memory")),
-    ("SD 1.5's full width, random weights, latents 96 x 96", "sd15", 96, 2, 1, ("overhead",)),
-    ("Flux.1's blocks at full width (2 double, 4 single), random weights, latents 32 x 32", "flux", 32, 4, 1,
-     ("inversion", "overhead", "attention", "joint_memory")),
+    Part(title="Demo size, Stable Diffusion", model="demo", cases=(
+        "inversion", "batches", "methods", "overhead", "attention", "second_edits", "growth", "attention_kinds", "memory", "start",
+        "records")),
+    Part(title="Demo size, flow model", model="demo-flow", cases=("inversion", "overhead", "attention", "second_edits")),
+    Part(title="Beside diffusers, demo weights", model="demo", cases=("leditspp", "sega")),
+    *(Part(title=f"Beside {name}, same weights", model=r.model, steps=r.steps, repeat=r.repeat, cases=(name,))
+      for name, r in REFERENCES.items()),
+    Part(title="SD 1.5's full width, random weights, latents 64 x 64", model="sd15", size=64, steps=2, repeat=1,
+         cases=("inversion", "overhead", "attention", "attention_kinds", "store_memory")),
+    *(Part(title=f"SD 1.5's full width, random weights, latents {side} x {side}, PyTorch's attention", model="sd15", size=side,
+           steps=2, repeat=repeat, cases=cases, pytorch_attention=True)
+      for side, repeat, cases in ((64, 3, ("inversion", "overhead", "attention")), (96, 1, ("overhead",)))),
+    Part(title="Flux.1's blocks at full width (2 double, 4 single), random weights, latents 32 x 32", model="flux", size=32, steps=4,
+         repeat=1, cases=("inversion", "overhead", "attention", "joint_memory")),
 )
 HEAD = """# Performance
 
@@ -43,22 +62,26 @@ def write(options, run, machine):
     With --quick everything is measured once, with few steps, at demo size; with cases named, only the parts that have them.
     """
     parts, brought = _parts(options.report), {known(folder): folder for folder in options.reference or ()}
-    for title, model, size, steps, repeat, cases in PLAN:
-        own = copy.copy(options)
+    for part in PLAN:
+        own, cases, title = copy.copy(options), part.cases, part.title
         if cases[0] in REFERENCES:
             if cases[0] not in brought:
                 continue
             own.reference, cases = [brought[cases[0]]], ("references",)
         cases = [case for case in cases if not options.cases or case in options.cases]
-        if not cases or options.quick and model in ("sd15", "flux") or options.only and model not in options.only:
+        if not cases or options.quick and part.model in ("sd15", "flux") or not _wanted(part, options.only):
             continue
         say(f"\n== {title}")
-        own.model, own.size, own.cases = model, size, cases
-        own.steps, own.repeat = (2, 1) if options.quick else (steps, repeat)
+        own.model, own.size, own.cases, own.pytorch_attention = part.model, part.size, cases, part.pytorch_attention
+        own.steps, own.repeat = (2, 1) if options.quick else (part.steps, part.repeat)
         parts[title] = section(title, own, run(own), machine)
-        kept = [parts[title] for title, *_ in PLAN if title in parts]  # those of an earlier plan go
+        kept = [parts[p.title] for p in PLAN if p.title in parts]  # those of an earlier plan go
         options.report.write_text("\n".join([HEAD, *kept]), "utf-8")
     say(f"\nwrote {options.report}")
+
+
+def _wanted(part, only):
+    return not only or any(name == part.model or name in part.title for name in only)
 
 
 def _parts(page):

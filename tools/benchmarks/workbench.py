@@ -59,6 +59,8 @@ class Bench:
         else:
             self.model, self.clip, self.vae, *_ = comfy.sd.load_checkpoint_guess_config(options.model)
             side = 64
+        if options.pytorch_attention:
+            self.model = _with_pytorch_attention(self.model)
         side = options.size or side
         self.shape = (self.model.model.latent_format.latent_channels, side, side)
         self.cuda, self.device = torch.cuda.is_available(), self.model.load_device
@@ -104,11 +106,7 @@ class Bench:
     @contextlib.contextmanager
     def pytorch_attention(self):
         """PyTorch's attention meanwhile: ComfyUI's on an NVIDIA card, and elsewhere with --use-pytorch-cross-attention."""
-        from comfy.ldm.modules.attention import attention_pytorch
-
-        before, self.model = self.model, self.model.clone()
-        options = self.model.model_options["transformer_options"]
-        options["optimized_attention_override"] = lambda func, *args, **kwargs: attention_pytorch(*args, **kwargs)
+        before, self.model = self.model, _with_pytorch_attention(self.model)
         try:
             yield
         finally:
@@ -239,6 +237,16 @@ class Bench:
             run()
         finally:
             hook.remove()
+
+
+def _with_pytorch_attention(model):
+    """A clone of a MODEL."""
+    from comfy.ldm.modules.attention import attention_pytorch
+
+    clone = model.clone()
+    options = clone.model_options["transformer_options"]
+    options["optimized_attention_override"] = lambda func, *args, **kwargs: attention_pytorch(*args, **kwargs)
+    return clone
 
 
 def forget_peak():
