@@ -60,7 +60,7 @@ class Bench:
             self.model, self.clip, self.vae, *_ = comfy.sd.load_checkpoint_guess_config(options.model)
             side = 64
         if options.pytorch_attention:
-            self.model = _with_pytorch_attention(self.model)
+            _use_attention("attention_pytorch")
         side = options.size or side
         self.shape = (self.model.model.latent_format.latent_channels, side, side)
         self.cuda, self.device = torch.cuda.is_available(), self.model.load_device
@@ -106,11 +106,11 @@ class Bench:
     @contextlib.contextmanager
     def pytorch_attention(self):
         """PyTorch's attention meanwhile: ComfyUI's on an NVIDIA card, and elsewhere with --use-pytorch-cross-attention."""
-        before, self.model = self.model, _with_pytorch_attention(self.model)
+        before = _use_attention("attention_pytorch")
         try:
             yield
         finally:
-            self.model = before
+            _use_attention(before)
 
     def methods(self, latent=None):
         """{name: a function that gives the NodeOutput of an inversion}, one for each method."""
@@ -239,14 +239,19 @@ class Bench:
             hook.remove()
 
 
-def _with_pytorch_attention(model):
-    """A clone of a MODEL."""
-    from comfy.ldm.modules.attention import attention_pytorch
+def _use_attention(name):
+    """Let ComfyUI's networks use one of its attention functions, and return the name of what they used before.
 
-    clone = model.clone()
-    options = clone.model_options["transformer_options"]
-    options["optimized_attention_override"] = lambda func, *args, **kwargs: attention_pytorch(*args, **kwargs)
-    return clone
+    (Not by an `optimized_attention_override`: who edits must be ready for one that compares rows, and evaluates more.)
+    """
+    from comfy.ldm.modules import attention
+
+    before, after = attention.optimized_attention, getattr(attention, name)
+    for module in list(sys.modules.values()):
+        for own in ("optimized_attention", "optimized_attention_masked"):
+            if getattr(module, "__dict__", {}).get(own) is before:
+                setattr(module, own, after)
+    return before.__name__
 
 
 def forget_peak():
