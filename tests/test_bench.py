@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from comfyui_ledits.tools.benchmarks import speed, speed_checkouts, speed_models, speed_references
+from comfyui_ledits.tools.benchmarks import speed, speed_checkouts, speed_models, speed_references, workbench
 
 
 @pytest.fixture(autouse=True)
@@ -63,3 +63,14 @@ def test_the_authors_code_gets_the_weights_that_this_pack_runs_on():
         ours = model.model.diffusion_model(x, t, context=words)
     assert theirs.std() > 1e-3
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_pytorch_s_attention_is_that_of_all_networks_meanwhile():
+    from comfy.ldm.flux import math
+    from comfy.ldm.modules import attention
+
+    before = attention.optimized_attention
+    with workbench.pytorch_attention():
+        assert attention.optimized_attention is math.optimized_attention is attention.attention_pytorch
+        assert attention.optimized_attention_masked is attention.attention_pytorch
+    assert attention.optimized_attention is math.optimized_attention is attention.optimized_attention_masked is before

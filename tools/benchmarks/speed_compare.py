@@ -4,6 +4,7 @@ import importlib.util
 
 from . import speed_peers
 from .speed_lines import row, rows_of, say
+from .workbench import pytorch_attention
 
 
 def _missing(bench):
@@ -62,7 +63,7 @@ def leditspp(bench):
         yield row(f"LEDITS++ {name}, autoencoder and text included", "this pack", "diffusers", t["ours"], t["theirs"],
                   note=note)
     yield bare_networks(bench, our_edit, theirs.unet, their_edit)
-    with bench.pytorch_attention():
+    with pytorch_attention():
         t = bench.times(ours=our_edit, theirs=their_edit)
         yield row("LEDITS++ edit, PyTorch's attention in both", "this pack", "diffusers", t["ours"], t["theirs"])
         yield bare_networks(bench, our_edit, theirs.unet, their_edit)
@@ -98,6 +99,6 @@ def sega(bench):
     note = f"{rows_of(our_edit())} rows, {speed_peers.count(theirs.unet, their_edit)} rows"
     t = bench.times(ours=our_edit, theirs=their_edit)
     yield row("SEGA, autoencoder and text included", "this pack", "diffusers", t["ours"], t["theirs"], note=note)
-    with bench.pytorch_attention():
+    with pytorch_attention():
         t = bench.times(ours=our_edit, theirs=their_edit)
         yield row("SEGA, PyTorch's attention in both", "this pack", "diffusers", t["ours"], t["theirs"])

@@ -10,6 +10,7 @@ from pathlib import Path
 from . import speed_authors, speed_checkouts
 from .speed_lines import row, say
 from .speed_peers import count, quiet
+from .workbench import pytorch_attention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +65,7 @@ def references(bench):
         t = bench.times(ours=ours, theirs=theirs, bare=alone)
         yield row(reference.what, "this pack", name, t["ours"], t["theirs"], note=note)
         yield row("of it the bare network", "this pack", "bare network", t["ours"], t["bare"])
-        with bench.pytorch_attention():
+        with pytorch_attention():
             t = bench.times(ours=ours, theirs=theirs)
             yield row("with PyTorch's attention in ComfyUI", "this pack", name, t["ours"], t["theirs"])
 

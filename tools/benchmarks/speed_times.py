@@ -1,6 +1,7 @@
 """Cases of the benchmark: seconds of inversions and edits beside the bare network and beside each other."""
 
 from .speed_lines import row, rows_of
+from .workbench import pytorch_attention
 
 
 def inversion(bench):
@@ -27,7 +28,7 @@ def overhead(bench):
 def attention_kinds(bench):
     """a KSampler run with PyTorch's attention (--use-pytorch-cross-attention), beside ComfyUI as it starts"""
     def pytorch():
-        with bench.pytorch_attention():
+        with pytorch_attention():
             bench.ksampler()
 
     t = bench.times(pytorch=pytorch, usual=bench.ksampler)

@@ -103,15 +103,6 @@ class Bench:
         finally:
             self.shape = before
 
-    @contextlib.contextmanager
-    def pytorch_attention(self):
-        """PyTorch's attention meanwhile: ComfyUI's on an NVIDIA card, and elsewhere with --use-pytorch-cross-attention."""
-        before = _use_attention("attention_pytorch")
-        try:
-            yield
-        finally:
-            _use_attention(before)
-
     def methods(self, latent=None):
         """{name: a function that gives the NodeOutput of an inversion}, one for each method."""
         from ...nodes import ddim_inversions, learned_inversions
@@ -237,6 +228,16 @@ class Bench:
             run()
         finally:
             hook.remove()
+
+
+@contextlib.contextmanager
+def pytorch_attention():
+    """PyTorch's attention meanwhile: ComfyUI's on an NVIDIA card, and elsewhere with --use-pytorch-cross-attention."""
+    before = _use_attention("attention_pytorch")
+    try:
+        yield
+    finally:
+        _use_attention(before)
 
 
 def _use_attention(name):
