@@ -27,11 +27,11 @@ class Part:
 
 # Full width is slow on a CPU: few steps, few repetitions.
 PLAN = (
-    Part(title="Demo size, Stable Diffusion", model="demo", cases=(
+    Part(title="Demo size, Stable Diffusion", model="demo", repeat=9, cases=(
         "inversion", "batches", "methods", "overhead", "attention", "second_edits", "growth", "attention_kinds", "memory", "start",
         "records")),
-    Part(title="Demo size, flow model", model="demo-flow", cases=("inversion", "overhead", "attention", "second_edits")),
-    Part(title="Beside diffusers, demo weights", model="demo", cases=("leditspp", "sega")),
+    Part(title="Demo size, flow model", model="demo-flow", repeat=9, cases=("inversion", "overhead", "attention", "second_edits")),
+    Part(title="Beside diffusers, demo weights", model="demo", repeat=9, cases=("leditspp", "sega")),
     *(Part(title=f"Beside {name}, same weights", model=r.model, steps=r.steps, repeat=r.repeat, cases=(name,))
       for name, r in REFERENCES.items()),
     Part(title="SD 1.5's full width, random weights, latents 64 x 64", model="sd15", size=64, steps=2, repeat=1,
