@@ -92,8 +92,8 @@ class EditedWords:
             theirs = source_at >= 0
             alike = source_copy[theirs][:, None] == copy[self._mine]
             self._matrix = edit.matrix[source_at[theirs]][:, at] * alike.to(values)
-            # every word of the target is seen, and once
-            self._whole = edit.whole and len(at) == edit.matrix.shape[1] and not copy.any()
+            # every word of the target is seen, once, and by every word of the source
+            self._whole = edit.whole and len(at) == edit.matrix.shape[1] and bool(alike.all())
             self._source_q, self._source_keys = words.fetch("q").to(keys), words.fetch("t").to(keys)[:, theirs]
 
     def __call__(self, q, k, v, rows):
