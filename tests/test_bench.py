@@ -74,3 +74,20 @@ def test_pytorch_s_attention_is_that_of_all_networks_meanwhile():
         assert attention.optimized_attention is math.optimized_attention is attention.attention_pytorch
         assert attention.optimized_attention_masked is attention.attention_pytorch
     assert attention.optimized_attention is math.optimized_attention is attention.optimized_attention_masked is before
+
+
+def test_a_part_with_pytorch_s_attention_leaves_the_next_part_its_own(monkeypatch):
+    from comfy.ldm.modules import attention
+
+    before, during = attention.optimized_attention, []
+    monkeypatch.setattr(speed, "_run", lambda options: during.append(attention.optimized_attention))
+    for more in (["--pytorch-attention"], []):
+        speed.run(speed.parse(more))
+    assert during == [attention.attention_pytorch, before]
+
+
+@pytest.mark.parametrize("more", [["--model", "tiny"], ["--size", "8"], ["--steps", "3"], ["--pytorch-attention"]])
+def test_what_the_parts_of_the_page_have_themselves_is_refused_with_it(more, capsys):
+    with pytest.raises(SystemExit):
+        speed.parse(["--report", *more])
+    assert f"its own {more[0]}" in capsys.readouterr().err

@@ -1,7 +1,7 @@
 """What editing costs: seconds and memory of this pack beside the bare network, plain sampling, and other people's code.
 
     python dev.py bench [CASE ...] [--model demo|demo-flow|tiny|small|sd15|flux|CHECKPOINT] [--steps 50] [--repeat 5] [--quick]
-                        [--reference FOLDER ...] [--json FILE] [--report [FILE]] [--only MODEL]
+                        [--reference FOLDER ...] [--json FILE] [--pytorch-attention] [--report [FILE]] [--only MODEL]
 
 The two sides of a ratio are measured in one process, in turns (A B A B ...), and given as medians; nothing is asserted.
 Memory is measured in a fresh process for each side. A new comparison is one function in `speed_cases.CASES`. --report
@@ -21,7 +21,7 @@ from .speed_memory import MEMORY, measure
 def parse(arguments):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", metavar="CASE", help="; ".join(f"{c.__name__}: {c.__doc__}" for c in CASES))
-    parser.add_argument("--model", default="demo", help="demo, demo-flow, a checkpoint file, or random weights: tiny, small, sd15, flux")
+    parser.add_argument("--model", help="demo (default), demo-flow, a checkpoint file, or random weights: tiny, small, sd15, flux")
     parser.add_argument("--size", type=int, help="height and width of the latents, instead of the model's own")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--repeat", type=int, help="how often each side is measured")
@@ -34,6 +34,11 @@ def parse(arguments):
                         help="with --report: the parts of this model, or with this in their title, alone")
     parser.add_argument("--measure", choices=MEMORY, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    of_a_part = [name for name in ("model", "size", "steps", "repeat", "pytorch_attention") if getattr(options, name)]
+    if options.report and of_a_part:
+        parser.error(f"with --report every part has its own --{of_a_part[0].replace('_', '-')}: leave it out, and choose parts "
+                     "with --only")
+    options.model = options.model or "demo"
     options.steps = options.steps or (6 if options.quick else 50)
     options.repeat = options.repeat or (1 if options.quick else 5)
     if unknown := set(options.cases) - {c.__name__ for c in CASES}:
@@ -51,6 +56,11 @@ def machine():
 
 def run(options):
     """Lines of the chosen cases, see `speed_lines.row`, with "case"; they are printed as they come."""
+    with workbench.pytorch_attention(options.pytorch_attention):
+        return _run(options)
+
+
+def _run(options):
     found, bench = [], workbench.Bench(options)
     say(f"{options.model} model, {options.steps} steps, {options.repeat} repetitions; {machine()}")
     for case in CASES:
@@ -71,7 +81,8 @@ def main(arguments):
 
     with torch.inference_mode():  # as ComfyUI runs nodes
         if options.measure:
-            return measure(workbench.Bench(options), options.measure)
+            with workbench.pytorch_attention(options.pytorch_attention):
+                return measure(workbench.Bench(options), options.measure)
         if options.report:
             return speed_report.write(options, run, machine())
         found = run(options)

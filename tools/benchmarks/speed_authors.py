@@ -158,11 +158,14 @@ def flowedit(bench):
     from FlowEdit_utils import FlowEditFLUX
 
     from ...demo import flow_net, nets
+    from ...samplers import published
 
     vae = parts(bench.device)[0]
     _, _, text, tokens = nets.load_diffusers()
     transformer = flow_net.load_diffusers().to(bench.device)
     text.to(bench.device)
+
+    most = bench.steps - published.FLUX.skip(bench.steps)
 
     def encode_prompt(prompt, **_):
         words, pooled = flow_net.encode(text, tokens, [prompt])
@@ -182,7 +185,7 @@ def flowedit(bench):
     def run(picture, source, target):
         image = torch.from_numpy(picture).float().movedim(-1, 0)[None].to(bench.device) / 127.5 - 1
         latents = vae.encode(image).latent_dist.mode()
-        edited = FlowEditFLUX(pipe, pipe.scheduler, latents, source, target, "", bench.steps, n_max=round(bench.steps * 24 / 28))
+        edited = FlowEditFLUX(pipe, pipe.scheduler, latents, source, target, "", bench.steps, n_max=most)
         return vae.decode(edited).sample
 
     return run, transformer

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import speed_authors, speed_checkouts
+from .speed_compare import drawn
 from .speed_lines import row, say
 from .speed_peers import count, quiet
 from .workbench import pytorch_attention
@@ -40,8 +41,6 @@ def references(bench):
         say("  left out: it needs --reference FOLDER, a checkout of " + ", ".join(REFERENCES))
         return
     import torch
-
-    from .speed_compare import drawn
 
     picture = drawn(side=512)
     image = torch.from_numpy(picture)[None].float() / 255
@@ -84,19 +83,20 @@ def known(folder):
 
 def _our_flowedit(bench, latent):
     from ...nodes.flowedit import FlowEdit, FlowEditSource
+    from ...samplers import published
 
     made = {"model": bench.model, "negative": bench.cond("")}
     path = FlowEditSource.execute(**made, positive=bench.cond(bench.SOURCE), latent=latent, scheduler="simple", seed=0,
                                   settings={"settings": "own", "steps": bench.steps, "cfg": 1.0})
-    own = {"settings": "own", "cfg": 1.0, "skip": bench.steps - round(bench.steps * 24 / 28)}
+    own = {"settings": "own", "cfg": 1.0, "skip": published.FLUX.skip(bench.steps)}
     return FlowEdit.execute(**made, positive=bench.cond(bench.TARGET), inversion=path.result[0], settings=own)
 
 
-def _edited(method, control, **more):
+def _edited(method, control):
     """Inversion by a method, and the edit with an attention control."""
     def ours(bench, latent):
         path = bench.methods(latent)[method]().result[0]
-        return bench.edit(path, skip=0, concepts=(), attention=(control(bench),), **more)
+        return bench.edit(path, skip=0, concepts=(), attention=(control(bench),))
 
     return ours
 
@@ -119,5 +119,6 @@ REFERENCES = {
         file="pnp_utils.py", what="DDIM inversion and Plug-and-Play", theirs=speed_authors.plug_and_play, model="small",
         ours=_edited("DDIM", lambda bench: bench.plug_and_play())),
     "FlowEdit": Reference(
-        file="FlowEdit_utils.py", what="FlowEdit", theirs=speed_authors.flowedit, ours=_our_flowedit, model="demo-flow", steps=28, repeat=3),
+        file="FlowEdit_utils.py", what="FlowEdit", theirs=speed_authors.flowedit, ours=_our_flowedit, model="demo-flow",
+        steps=28, repeat=3),
 }

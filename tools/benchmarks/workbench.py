@@ -59,8 +59,6 @@ class Bench:
         else:
             self.model, self.clip, self.vae, *_ = comfy.sd.load_checkpoint_guess_config(options.model)
             side = 64
-        if options.pytorch_attention:
-            _use_attention("attention_pytorch")
         side = options.size or side
         self.shape = (self.model.model.latent_format.latent_channels, side, side)
         self.cuda, self.device = torch.cuda.is_available(), self.model.load_device
@@ -134,24 +132,26 @@ class Bench:
         return SDEditPath.execute(model=self.model, latent=self.latent(pictures), steps=steps or self.steps,
                                   scheduler="ddim_uniform", seed=0)[0]
 
-    def prompt_to_prompt(self, cross=0.8, layout=0.4):
-        from ...attention_hooks.controls.p2p import PromptToPrompt
+    def prompts(self):
+        """`EditPrompts` of source and target."""
         from ...attention_hooks.text.prompts import edit_prompts
 
-        prompts = edit_prompts(self.clip, SOURCE, TARGET)
-        return PromptToPrompt(prompts=prompts, cross=(0.0, cross), self_=(0.0, layout))
+        return edit_prompts(self.clip, SOURCE, TARGET)
+
+    def prompt_to_prompt(self, cross=0.8, layout=0.4):
+        from ...attention_hooks.controls.p2p import PromptToPrompt
+
+        return PromptToPrompt(prompts=self.prompts(), cross=(0.0, cross), self_=(0.0, layout))
 
     def masactrl(self):
         from ...attention_hooks.controls.masactrl import MasaCtrl
-        from ...attention_hooks.text.prompts import edit_prompts
 
-        return MasaCtrl(prompts=edit_prompts(self.clip, SOURCE, TARGET))
+        return MasaCtrl(prompts=self.prompts())
 
     def plug_and_play(self):
         from ...attention_hooks.controls.pnp import PlugAndPlay
-        from ...attention_hooks.text.prompts import edit_prompts
 
-        return PlugAndPlay(prompts=edit_prompts(self.clip, SOURCE, TARGET))
+        return PlugAndPlay(prompts=self.prompts())
 
     def capture(self, inversion, controls):
         """The NodeOutput of Capture Attention for an edit without skip."""
@@ -231,8 +231,11 @@ class Bench:
 
 
 @contextlib.contextmanager
-def pytorch_attention():
+def pytorch_attention(wanted=True):
     """PyTorch's attention meanwhile: ComfyUI's on an NVIDIA card, and elsewhere with --use-pytorch-cross-attention."""
+    if not wanted:
+        yield
+        return
     before = _use_attention("attention_pytorch")
     try:
         yield
